@@ -1,0 +1,3 @@
+//! What actors share: the clock.
+
+pub mod clock;

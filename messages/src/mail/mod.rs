@@ -1,0 +1,1 @@
+//! Messages that actors send to one another inside a process.
