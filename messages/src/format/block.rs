@@ -310,7 +310,7 @@ mod tests {
             wrap_algorithm: 1,
             wrapped_key_bytes: 4,
             chunks: 3,
-            table_bytes: table.len() as u32,
+            table_bytes: u32::try_from(table.len()).unwrap(),
             body_bytes: 20,
             repository: RepositoryId([3; 16]),
             salt: [4; 32],
