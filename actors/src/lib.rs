@@ -4,4 +4,6 @@
 //! machines and their resources. Nothing here names a file system, a database or TLS.
 
 pub mod machines;
+pub mod ports;
 pub mod runtime;
+pub mod stream;
