@@ -9,9 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use actix::{
-    Actor, ActorContext, ActorFutureExt, AsyncContext, Context, Handler, Recipient, WrapFuture,
-};
+use actix::{Actor, ActorContext, ActorFutureExt, AsyncContext, Context, Handler, Recipient, WrapFuture};
 use strandline_messages::mail::{
     BlockStored, DrainStream, Peer, SendAck, SendBlock, StoreFailed, StreamEvent, StreamFact,
 };
@@ -104,6 +102,8 @@ pub struct Stream {
     storing: usize,
     /// The writer has nothing queued.
     written_out: bool,
+    /// A block became durable and the acknowledgement that says so has not been given to the writer.
+    unannounced: bool,
     refusal: Option<Refused>,
 }
 
@@ -129,6 +129,7 @@ impl Stream {
             link: None,
             storing: 0,
             written_out: true,
+            unannounced: false,
             refusal: None,
         }
         .start()
@@ -292,7 +293,7 @@ impl Stream {
         match stored {
             Ok(durable) => {
                 intake.tracker.do_send(BlockStored(durable));
-                self.settle(ctx);
+                self.unannounced = true;
             }
             Err(StoreFault::BadBlock(reason)) => {
                 self.feed(Input::Fault(format!("block {}: {reason}", sequence.0)), ctx);
@@ -306,7 +307,7 @@ impl Stream {
 
     /// A draining acceptor answers once nothing is being stored and the last acknowledgement is written.
     fn settle(&mut self, ctx: &mut Context<Self>) {
-        if self.storing == 0 && self.written_out {
+        if self.storing == 0 && self.written_out && !self.unannounced {
             self.feed(Input::Settled, ctx);
         }
     }
@@ -396,6 +397,7 @@ impl Handler<SendAck> for Stream {
 
     fn handle(&mut self, SendAck(ack): SendAck, ctx: &mut Context<Self>) {
         self.written_out = false;
+        self.unannounced = false;
         let sent = self.link.as_ref().map(|link| link.send_ack(ack));
         if let Some(Err(error)) = sent {
             self.feed(Input::Fault(error.to_string()), ctx);

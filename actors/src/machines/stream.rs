@@ -5,6 +5,7 @@
 //! acceptor:  Joining → Active → Draining (Drain seen, acknowledging) → Finishing (Drained sent) → Closing → Closed
 //! any state: fault → Failing (socket is being closed) → Closed
 //! ```
+//! A server that stops asks its active streams to drain by sending `Drain` itself; the initiator then does so.
 //! Invariants: `Output::Close` is given exactly once, and always before `Output::Stop`; after `Stop` nothing is given;
 //! a stream that fails says so once (`Lost`), at once, so that its blocks can be sent by others; only the absence of
 //! progress times out, never a total duration.
@@ -45,9 +46,9 @@ pub enum Input {
     Connected,
     /// Initiator: the server said `Joined`. Acceptor: the session took the stream.
     Joined,
-    /// The owner wants no more of this stream (initiator).
+    /// The owner wants no more of this stream.
     DrainAsked,
-    /// The peer said `Drain` (acceptor).
+    /// The peer said `Drain`.
     PeerDrain,
     /// Everything received has been acknowledged and written out (acceptor).
     Settled,
@@ -72,7 +73,7 @@ pub enum Output {
     SendJoin,
     /// Send `Joined` (acceptor).
     SendJoined,
-    /// Send `Drain` (initiator).
+    /// Send `Drain`: the initiator's begins the end, the acceptor's asks for it.
     SendDrain,
     /// Send `Drained` (acceptor).
     SendDrained,
@@ -216,7 +217,9 @@ impl StreamMachine {
         self.drain_asked = true;
         match self.state {
             State::Active => {
-                self.enter(now, State::Draining);
+                if self.role == Role::Initiator {
+                    self.enter(now, State::Draining);
+                }
                 self.outputs.push_back(Output::SendDrain);
             }
             // Nothing was ever sent on it: there is nothing to wait for.
@@ -228,6 +231,8 @@ impl StreamMachine {
     fn peer_drain(&mut self, now: Instant) {
         match (self.role, self.state) {
             (Role::Acceptor, State::Active) => self.enter(now, State::Draining),
+            (Role::Initiator, State::Active) => self.drain_asked(now),
+            (Role::Initiator, State::Draining | State::Closing { .. } | State::Failing) => {}
             _ => self.fail(now, "the peer drains a stream that is not active".into()),
         }
     }
@@ -365,6 +370,17 @@ mod tests {
         assert_eq!(outputs(&mut stream), [Output::Close]);
         stream.handle(now, Input::Closed);
         assert_eq!(outputs(&mut stream), [Output::Stop { clean: true }]);
+    }
+
+    #[test]
+    fn a_server_that_stops_asks_and_the_agent_drains() {
+        let now = clock::now();
+        let (mut server, mut agent) = (active(Role::Acceptor, now), active(Role::Initiator, now));
+        server.handle(now, Input::DrainAsked);
+        assert_eq!(outputs(&mut server), [Output::SendDrain]);
+        assert!(server.is_active(), "blocks under way are still taken");
+        agent.handle(now, Input::PeerDrain);
+        assert_eq!(outputs(&mut agent), [Output::SendDrain]);
     }
 
     #[test]

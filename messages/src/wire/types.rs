@@ -278,6 +278,8 @@ pub struct FetchDone {
     pub request: u32,
     /// How many blocks answer it.
     pub blocks: u32,
+    /// What they cost of the credit in all (see [`Credit`]): what did not arrive is granted again.
+    pub cost: u64,
     /// Wanted ids of which there is no copy, 32 bytes each.
     pub unknown: ByteBuf,
     /// Blocks that could not be read, for people; empty if none.
