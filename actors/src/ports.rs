@@ -83,8 +83,6 @@ pub enum Opening {
     Granted {
         /// Its storage.
         store: Arc<dyn SessionStore>,
-        /// The repository's name, for status.
-        repository: String,
     },
     /// The session that it resumes had committed.
     AlreadyCommitted {

@@ -9,7 +9,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use actix::{Actor, ActorContext, ActorFutureExt, AsyncContext, Context, Handler, Recipient, WrapFuture};
+use actix::{Actor, ActorContext, ActorFutureExt, Addr, AsyncContext, Context, Handler, Recipient, WrapFuture};
+use actix_rt::ArbiterHandle;
 use strandline_messages::mail::{
     BlockStored, DrainStream, Peer, SendAck, SendBlock, StoreFailed, StreamEvent, StreamFact,
 };
@@ -36,7 +37,7 @@ pub struct JoinSession {
     /// The client's request.
     pub join: Join,
     /// The stream.
-    pub stream: actix::Addr<Stream>,
+    pub stream: Addr<Stream>,
 }
 
 /// The session takes the stream.
@@ -108,15 +109,18 @@ pub struct Stream {
 }
 
 impl Stream {
-    /// Starts on the current arbiter.
-    pub fn start_from(origin: Origin, stream_limits: StreamLimits) -> actix::Addr<Self> {
-        let role = match &origin {
-            Origin::Connect { .. } => Role::Initiator,
-            Origin::Accepted { .. } => Role::Acceptor,
-        };
-        let (index, incarnation) = match &origin {
-            Origin::Connect { join, .. } => (join.index, join.incarnation),
-            Origin::Accepted { .. } => (StreamIndex(0), Incarnation(0)),
+    /// Starts on `arbiter`, or on the current one.
+    pub fn start_on(arbiter: Option<&ArbiterHandle>, origin: Origin, stream_limits: StreamLimits) -> Addr<Self> {
+        match arbiter {
+            Some(arbiter) => Self::start_in_arbiter(arbiter, move |_| Self::new(origin, stream_limits)),
+            None => Self::new(origin, stream_limits).start(),
+        }
+    }
+
+    fn new(origin: Origin, stream_limits: StreamLimits) -> Self {
+        let (role, index, incarnation) = match &origin {
+            Origin::Connect { join, .. } => (Role::Initiator, join.index, join.incarnation),
+            Origin::Accepted { .. } => (Role::Acceptor, StreamIndex(0), Incarnation(0)),
         };
         Self {
             origin: Some(origin),
@@ -132,7 +136,6 @@ impl Stream {
             unannounced: false,
             refusal: None,
         }
-        .start()
     }
 
     fn feed(&mut self, input: Input, ctx: &mut Context<Self>) {

@@ -125,6 +125,7 @@ impl FetchQueue {
 mod tests {
     use super::*;
 
+    #[expect(clippy::unnecessary_wraps, reason = "saves every caller a `Some`")]
     fn place(offset: u32, bytes: u32) -> Option<BlockPlace> {
         Some(BlockPlace { pack: 1, offset, bytes })
     }

@@ -7,7 +7,7 @@ use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::sync::Arc;
 
-use actix::{Actor, Addr, AsyncContext, Context, Handler, Message as ActixMessage};
+use actix::{Actor, Addr, AsyncContext, Context, Handler, Message as ActixMessage, SpawnHandle};
 use bytes::{Bytes, BytesMut};
 use strandline_messages::wire::message::kinds;
 use strandline_messages::wire::{Ack, BlockFrame, Frame, FrameDecoder, Message, Tag};
@@ -78,6 +78,7 @@ pub struct Link {
     queue: mpsc::Sender<Outgoing>,
     ack: Rc<RefCell<Option<Ack>>>,
     moved: Rc<Cell<bool>>,
+    halves: [SpawnHandle; 2],
 }
 
 /// The peer takes nothing any more: the queue, which its senders bound, is full.
@@ -95,12 +96,12 @@ impl Link {
     ) -> Self {
         let (reader, writer) = tokio::io::split(connection);
         let (queue, outgoing) = mpsc::channel(QUEUE_FRAMES);
-        let link = Self { queue, ack: Rc::default(), moved: Rc::new(Cell::new(false)) };
-        let reading = read(reader, ctx.address(), budget, Rc::clone(&link.moved));
-        ctx.spawn(actix::fut::wrap_future(reading));
-        let pen = Pen { writer, limit, moved: Rc::clone(&link.moved), ack: Rc::clone(&link.ack) };
-        ctx.spawn(actix::fut::wrap_future(write(pen, outgoing, ctx.address())));
-        link
+        let (ack, moved) = (Rc::default(), Rc::new(Cell::new(false)));
+        let reading = read(reader, ctx.address(), budget, Rc::clone(&moved));
+        let pen = Pen { writer, limit, moved: Rc::clone(&moved), ack: Rc::clone(&ack) };
+        let writing = write(pen, outgoing, ctx.address());
+        let halves = [ctx.spawn(actix::fut::wrap_future(reading)), ctx.spawn(actix::fut::wrap_future(writing))];
+        Self { queue, ack, moved, halves }
     }
 
     /// Queues a message.
@@ -123,6 +124,13 @@ impl Link {
     /// Queues the end: close_notify and FIN after everything before it.
     pub fn close(&self) -> Result<(), LinkError> {
         self.push(Outgoing::Close)
+    }
+
+    /// Drops both halves, and the socket with them: for a connection that is broken already.
+    pub fn cut<A: LinkOwner>(self, ctx: &mut Context<A>) {
+        for half in self.halves {
+            ctx.cancel_future(half);
+        }
     }
 
     /// Whether bytes have moved since the last call (pings do not count).

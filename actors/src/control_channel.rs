@@ -1,0 +1,550 @@
+//! `ControlChannel`: the agent's end of its control connection.
+//!
+//! Owns the connection of the moment and the requests that are not answered yet. It reconnects, re-attaches its session,
+//! opens another one with `resume_of` where the server has lost it, and sends unanswered requests again: its callers see
+//! an answer or a lasting failure, never a lost connection (G6). It ends when its owner closes it.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use actix::{
+    Actor, ActorContext, ActorFutureExt, AsyncContext, Context, Handler, Recipient, ResponseFuture, WrapFuture,
+};
+use futures_util::FutureExt;
+use strandline_messages::wire::{
+    Ack, Attach, Committed, Hello, Message, OpenSession, Ping, Purpose, RefusalCode, Refused, SessionOpened, Tag,
+};
+use strandline_messages::{Incarnation, SessionId};
+use tokio::sync::oneshot;
+use tracing::{debug, info, warn};
+
+use crate::dispatcher::{LearnDurable, SendAgain, UseSession};
+use crate::machines::reconnect::{Next, Policy, Reconnect};
+use crate::runtime::clock;
+use crate::runtime::link::{FrameArrived, Link, ReadEnded, Wrote};
+use crate::runtime::transport::{ConnectFault, Connection, Connector, open};
+use crate::stream_pool::SessionGrant;
+
+const TICK: Duration = Duration::from_secs(1);
+/// Quiet for so long: ping.
+const PING_AFTER: Duration = Duration::from_secs(15);
+/// Nothing heard for so long although pinged: the connection is lost.
+const SILENCE_MAX: Duration = Duration::from_mins(1);
+/// How long closing in good order may take.
+const CLOSE_MAX: Duration = Duration::from_secs(2);
+
+/// Makes an `OpenSession` for a server's nonce; the second argument is the session that it resumes.
+pub type SessionOpener = Arc<dyn Fn(&[u8; 32], Option<SessionId>) -> OpenSession + Send + Sync>;
+
+/// Ask the server. Answered with its reply, or with why there never will be one.
+#[derive(actix::Message)]
+#[rtype(result = "Result<Message, AskError>")]
+pub struct AskServer(pub Message);
+
+/// Open a session and keep it alive across connections.
+#[derive(actix::Message)]
+#[rtype(result = "Result<SessionOpened, AskError>")]
+pub struct BeginSession {
+    /// Makes the request.
+    pub opener: SessionOpener,
+    /// Is told of the session, and of those that replace it.
+    pub dispatcher: Option<Dispatching>,
+}
+
+/// Where a session's news go.
+#[derive(Clone)]
+pub struct Dispatching {
+    /// The session that streams join.
+    pub session: Recipient<UseSession>,
+    /// What is durable.
+    pub durable: Recipient<LearnDurable>,
+    /// What the server misses.
+    pub again: Recipient<SendAgain>,
+}
+
+/// The session is over: its connection may be lost without consequence.
+#[derive(actix::Message)]
+#[rtype(result = "()")]
+pub struct ForgetSession;
+
+/// Close in good order. Answered when closed.
+#[derive(actix::Message)]
+#[rtype(result = "()")]
+pub struct CloseChannel;
+
+/// Say no more to the server that does not need an answer (credit).
+#[derive(actix::Message)]
+#[rtype(result = "()")]
+pub struct TellServer(pub Message);
+
+/// Why there is no answer.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum AskError {
+    /// The server refused.
+    #[error("{0}")]
+    Refused(Refused),
+    /// The server cannot be reached, and trying again was given up or is useless.
+    #[error("{0}")]
+    Unreachable(ConnectFault),
+    /// Another session has replaced the one that the request was about: ask again.
+    #[error("the session was replaced after the server had lost it")]
+    Replaced,
+    /// The channel was closed.
+    #[error("the connection was closed")]
+    Closed,
+}
+
+struct Pending {
+    message: Message,
+    reply: oneshot::Sender<Result<Message, AskError>>,
+}
+
+struct Attachment {
+    opener: SessionOpener,
+    dispatcher: Option<Dispatching>,
+    /// `None` until the server has opened it.
+    opened: Option<SessionOpened>,
+    incarnation: Incarnation,
+    /// The server had committed it before it lost it.
+    committed: Option<Committed>,
+}
+
+/// What a tag of this channel's own requests means.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Own {
+    Attach(Tag),
+    Resume(Tag),
+}
+
+/// See the module.
+pub struct ControlChannel {
+    connector: Arc<dyn Connector>,
+    policy: Policy,
+    reconnect: Reconnect,
+    link: Option<Link>,
+    nonce: [u8; 32],
+    /// Requests may be sent: the connection is greeted and, if there is a session, attached.
+    ready: bool,
+    own: Option<Own>,
+    next_tag: u32,
+    pending: BTreeMap<Tag, Pending>,
+    opening: Option<(Tag, oneshot::Sender<Result<SessionOpened, AskError>>)>,
+    attachment: Option<Attachment>,
+    heard: Instant,
+    pinged: bool,
+    fault: Option<AskError>,
+    closing: Option<(Instant, oneshot::Sender<()>)>,
+}
+
+impl ControlChannel {
+    /// Connects at once. `first`: patience until the first connection; `later`: patience within a session.
+    pub fn new(connector: Arc<dyn Connector>, first: Policy, later: Policy, seed: u64) -> Self {
+        Self {
+            connector,
+            policy: later,
+            reconnect: Reconnect::new(first, seed),
+            link: None,
+            nonce: [0; 32],
+            ready: false,
+            own: None,
+            next_tag: 0,
+            pending: BTreeMap::new(),
+            opening: None,
+            attachment: None,
+            heard: clock::now(),
+            pinged: false,
+            fault: None,
+            closing: None,
+        }
+    }
+
+    fn tag(&mut self) -> Tag {
+        self.next_tag = self.next_tag.wrapping_add(1).max(1);
+        Tag(self.next_tag)
+    }
+
+    fn send(&mut self, tag: Tag, message: &Message, ctx: &mut Context<Self>) {
+        let sent = self.link.as_ref().map(|link| link.send(tag, message));
+        if let Some(Err(error)) = sent {
+            self.lost(&error.to_string(), ctx);
+        }
+    }
+
+    fn connect(&mut self, ctx: &mut Context<Self>) {
+        let connector = Arc::clone(&self.connector);
+        let connecting = async move { open(connector.as_ref(), None, Purpose::Control).await };
+        ctx.spawn(connecting.into_actor(self).map(|opened, channel, ctx| match opened {
+            Ok((connection, hello)) => channel.connected(connection, &hello, ctx),
+            Err(fault) => channel.connect_failed(fault, ctx),
+        }));
+    }
+
+    fn connected(&mut self, connection: Connection, hello: &Hello, ctx: &mut Context<Self>) {
+        let now = clock::now();
+        if self.closing.is_some() {
+            return ctx.stop();
+        }
+        debug!(server = hello.software, "connected");
+        self.reconnect.connected(now);
+        self.heard = now;
+        self.pinged = false;
+        self.nonce = hello.nonce;
+        self.link = Some(Link::spawn(connection, None, None, ctx));
+        match self.attachment.as_ref().and_then(|attachment| Some((attachment.opened.clone()?, attachment.incarnation)))
+        {
+            Some((opened, incarnation)) => {
+                let tag = self.tag();
+                self.own = Some(Own::Attach(tag));
+                let attach = Attach { session: opened.session, token: opened.token, incarnation };
+                self.send(tag, &Message::Attach(attach), ctx);
+            }
+            None => self.become_ready(ctx),
+        }
+    }
+
+    fn become_ready(&mut self, ctx: &mut Context<Self>) {
+        self.ready = true;
+        self.own = None;
+        if let (Some((tag, _)), Some(attachment)) = (&self.opening, &self.attachment) {
+            let (tag, request) = (*tag, (attachment.opener)(&self.nonce, None));
+            self.send(tag, &Message::OpenSession(request), ctx);
+        }
+        let again: Vec<_> = self.pending.iter().map(|(tag, pending)| (*tag, pending.message.clone())).collect();
+        for (tag, message) in again {
+            self.send(tag, &message, ctx);
+        }
+    }
+
+    fn connect_failed(&mut self, fault: ConnectFault, ctx: &mut Context<Self>) {
+        match self.reconnect.failed(clock::now()) {
+            Next::RetryAt(at) if fault.retry && self.closing.is_none() => {
+                debug!(%fault, "connecting failed; trying again");
+                let wait = at.saturating_duration_since(clock::now());
+                ctx.run_later(wait, Self::connect);
+            }
+            _ => self.fail(&AskError::Unreachable(fault), ctx),
+        }
+    }
+
+    /// The connection of the moment is lost; everything that is not answered is asked again over the next one.
+    fn lost(&mut self, reason: &str, ctx: &mut Context<Self>) {
+        let Some(link) = self.link.take() else { return };
+        link.cut(ctx);
+        self.ready = false;
+        self.own = None;
+        if self.closing.is_some() {
+            return ctx.stop();
+        }
+        if self.attachment.is_some() {
+            warn!(reason, "the control connection was lost; reconnecting");
+        }
+        let fault = ConnectFault::passing(format!("the connection to {} was lost: {reason}", self.connector.target()));
+        self.connect_failed(fault, ctx);
+    }
+
+    /// Nothing will be answered any more.
+    fn fail(&mut self, error: &AskError, ctx: &mut Context<Self>) {
+        self.fault = Some(error.clone());
+        for (_, pending) in std::mem::take(&mut self.pending) {
+            // Whoever asked may have stopped waiting.
+            let _ = pending.reply.send(Err(error.clone()));
+        }
+        if let Some((_, reply)) = self.opening.take() {
+            let _ = reply.send(Err(error.clone()));
+        }
+        if self.closing.is_some() {
+            ctx.stop();
+        }
+    }
+
+    fn receive(&mut self, tag: Tag, message: Message, ctx: &mut Context<Self>) {
+        self.heard = clock::now();
+        self.pinged = false;
+        match self.own {
+            Some(Own::Attach(own)) if own == tag => return self.attach_answered(message, ctx),
+            Some(Own::Resume(own)) if own == tag => return self.resume_answered(message, ctx),
+            _ => {}
+        }
+        if self.opening.as_ref().is_some_and(|(own, _)| *own == tag) {
+            return self.open_answered(message);
+        }
+        match (message, self.pending.contains_key(&tag)) {
+            (Message::Defer(defer), true) => {
+                ctx.run_later(Duration::from_millis(defer.milliseconds), move |channel, ctx| {
+                    if let Some(message) = channel.pending.get(&tag).map(|pending| pending.message.clone())
+                        && channel.ready
+                    {
+                        channel.send(tag, &message, ctx);
+                    }
+                });
+            }
+            (message, true) => self.answer(tag, message),
+            (Message::Ping(ping), false) => {
+                let pong = strandline_messages::wire::Pong { stamp: ping.stamp, free_bytes: 0 };
+                self.send(tag, &Message::Pong(pong), ctx);
+            }
+            (Message::Retransmit(retransmit), false) => {
+                if let Some(dispatcher) = self.attachment.as_ref().and_then(|a| a.dispatcher.as_ref()) {
+                    dispatcher.again.do_send(SendAgain(retransmit.ranges));
+                }
+            }
+            (Message::Refused(refusal), false) => self.refused_unasked(refusal, ctx),
+            _ => {}
+        }
+    }
+
+    fn answer(&mut self, tag: Tag, message: Message) {
+        self.reconnect.progressed(clock::now());
+        if let Some(pending) = self.pending.remove(&tag) {
+            let answer = match message {
+                Message::Refused(refusal) => Err(AskError::Refused(refusal)),
+                other => Ok(other),
+            };
+            let _ = pending.reply.send(answer);
+        }
+    }
+
+    /// The server says on its own that it stops, or that the session has ended.
+    fn refused_unasked(&mut self, refusal: Refused, ctx: &mut Context<Self>) {
+        if refusal.code == RefusalCode::Stopping {
+            self.lost(&refusal.message, ctx);
+        } else if self.attachment.is_some() {
+            self.fail(&AskError::Refused(refusal), ctx);
+        }
+    }
+
+    fn open_answered(&mut self, message: Message) {
+        let Some((_, reply)) = self.opening.take() else { return };
+        let answer = match message {
+            Message::SessionOpened(opened) => {
+                self.reconnect = Reconnect::new(self.policy, u64::from(self.next_tag));
+                self.session_opened(&opened);
+                Ok(opened)
+            }
+            Message::Refused(refusal) => Err(AskError::Refused(refusal)),
+            other => Err(AskError::Refused(Refused::new(
+                RefusalCode::Internal,
+                format!("the server answered OpenSession with {}", other.name()),
+            ))),
+        };
+        let _ = reply.send(answer);
+    }
+
+    fn session_opened(&mut self, opened: &SessionOpened) {
+        if let Some(attachment) = &mut self.attachment {
+            attachment.incarnation = opened.incarnation;
+            attachment.opened = Some(opened.clone());
+            if let Some(dispatcher) = &attachment.dispatcher {
+                dispatcher.session.do_send(UseSession(SessionGrant::from(opened)));
+            }
+        }
+    }
+
+    fn attach_answered(&mut self, message: Message, ctx: &mut Context<Self>) {
+        match message {
+            Message::Attached(attached) => {
+                info!("re-attached to the session");
+                if let Some(attachment) = &mut self.attachment {
+                    attachment.incarnation = attached.incarnation;
+                    if let Some(dispatcher) = &attachment.dispatcher {
+                        let ack = Ack { watermark: attached.watermark, ranges: attached.ranges };
+                        dispatcher.durable.do_send(LearnDurable(ack));
+                    }
+                }
+                self.become_ready(ctx);
+            }
+            Message::Refused(refusal) if refusal.code == RefusalCode::NoSuchSession => self.resume(ctx),
+            Message::Refused(refusal) if refusal.code == RefusalCode::Stopping => self.lost(&refusal.message, ctx),
+            Message::Refused(refusal) => self.fail(&AskError::Refused(refusal), ctx),
+            other => self.lost(&format!("Attach was answered with {}", other.name()), ctx),
+        }
+    }
+
+    /// The server has lost the session: another one carries on for it.
+    fn resume(&mut self, ctx: &mut Context<Self>) {
+        let Some(attachment) = &self.attachment else { return };
+        let old = attachment.opened.as_ref().map(|opened| opened.session);
+        let request = (attachment.opener)(&self.nonce, old);
+        let tag = self.tag();
+        self.own = Some(Own::Resume(tag));
+        self.send(tag, &Message::OpenSession(request), ctx);
+    }
+
+    fn resume_answered(&mut self, message: Message, ctx: &mut Context<Self>) {
+        match message {
+            Message::SessionOpened(opened) => {
+                warn!("the server had lost the session; another one carries on for it");
+                self.session_opened(&opened);
+                // A commit names the number of blocks of its session: it must be asked anew.
+                self.settle_commits(&Err(AskError::Replaced));
+                self.become_ready(ctx);
+            }
+            Message::Committed(committed) => {
+                self.settle_commits(&Ok(Message::Committed(committed.clone())));
+                if let Some(attachment) = &mut self.attachment {
+                    attachment.committed = Some(committed);
+                }
+                self.become_ready(ctx);
+            }
+            Message::Refused(refusal) if refusal.code == RefusalCode::Stopping => self.lost(&refusal.message, ctx),
+            Message::Refused(refusal) => self.fail(&AskError::Refused(refusal), ctx),
+            other => self.lost(&format!("OpenSession was answered with {}", other.name()), ctx),
+        }
+    }
+
+    fn settle_commits(&mut self, answer: &Result<Message, AskError>) {
+        let is_commit = |(_, pending): &(&Tag, &Pending)| matches!(pending.message, Message::Commit(_));
+        let tags: Vec<_> = self.pending.iter().filter(is_commit).map(|(tag, _)| *tag).collect();
+        for tag in tags {
+            if let Some(pending) = self.pending.remove(&tag) {
+                let _ = pending.reply.send(answer.clone());
+            }
+        }
+    }
+
+    fn tick(&mut self, ctx: &mut Context<Self>) {
+        let now = clock::now();
+        if self.closing.as_ref().is_some_and(|(since, _)| now.saturating_duration_since(*since) >= CLOSE_MAX) {
+            return ctx.stop();
+        }
+        let Some(link) = &self.link else { return };
+        if link.take_progress() {
+            self.heard = now;
+        }
+        let quiet = now.saturating_duration_since(self.heard);
+        if quiet >= SILENCE_MAX {
+            self.lost("the server says nothing", ctx);
+        } else if quiet >= PING_AFTER && !self.pinged {
+            self.pinged = true;
+            self.send(Tag::default(), &Message::Ping(Ping { stamp: 0 }), ctx);
+        }
+    }
+}
+
+impl Actor for ControlChannel {
+    type Context = Context<Self>;
+
+    fn started(&mut self, ctx: &mut Context<Self>) {
+        // Its callers bound what they ask; the mailbox must take bursts of queries.
+        ctx.set_mailbox_capacity(64);
+        ctx.run_interval(TICK, Self::tick);
+        self.connect(ctx);
+    }
+
+    fn stopped(&mut self, ctx: &mut Context<Self>) {
+        if let Some((_, closed)) = self.closing.take() {
+            let _ = closed.send(());
+        }
+        self.fail(&AskError::Closed, ctx);
+    }
+}
+
+impl Handler<AskServer> for ControlChannel {
+    type Result = ResponseFuture<Result<Message, AskError>>;
+
+    fn handle(&mut self, AskServer(message): AskServer, ctx: &mut Context<Self>) -> Self::Result {
+        let committed = self.attachment.as_ref().and_then(|attachment| attachment.committed.clone());
+        if let (Message::Commit(_), Some(committed)) = (&message, committed) {
+            return std::future::ready(Ok(Message::Committed(committed))).boxed_local();
+        }
+        if let Some(fault) = &self.fault {
+            return std::future::ready(Err(fault.clone())).boxed_local();
+        }
+        let (reply, answer) = oneshot::channel();
+        let tag = self.tag();
+        if self.ready {
+            self.send(tag, &message, ctx);
+        }
+        self.pending.insert(tag, Pending { message, reply });
+        async move { answer.await.unwrap_or(Err(AskError::Closed)) }.boxed_local()
+    }
+}
+
+impl Handler<BeginSession> for ControlChannel {
+    type Result = ResponseFuture<Result<SessionOpened, AskError>>;
+
+    fn handle(&mut self, begin: BeginSession, ctx: &mut Context<Self>) -> Self::Result {
+        if let Some(fault) = &self.fault {
+            return std::future::ready(Err(fault.clone())).boxed_local();
+        }
+        let (reply, answer) = oneshot::channel();
+        let tag = self.tag();
+        if self.ready {
+            let request = (begin.opener)(&self.nonce, None);
+            self.send(tag, &Message::OpenSession(request), ctx);
+        }
+        self.opening = Some((tag, reply));
+        self.attachment = Some(Attachment {
+            opener: begin.opener,
+            dispatcher: begin.dispatcher,
+            opened: None,
+            incarnation: Incarnation(0),
+            committed: None,
+        });
+        async move { answer.await.unwrap_or(Err(AskError::Closed)) }.boxed_local()
+    }
+}
+
+impl Handler<TellServer> for ControlChannel {
+    type Result = ();
+
+    fn handle(&mut self, TellServer(message): TellServer, ctx: &mut Context<Self>) {
+        if self.ready {
+            self.send(Tag::default(), &message, ctx);
+        }
+    }
+}
+
+impl Handler<ForgetSession> for ControlChannel {
+    type Result = ();
+
+    fn handle(&mut self, _: ForgetSession, _: &mut Context<Self>) {
+        self.attachment = None;
+    }
+}
+
+impl Handler<CloseChannel> for ControlChannel {
+    type Result = ResponseFuture<()>;
+
+    fn handle(&mut self, _: CloseChannel, ctx: &mut Context<Self>) -> Self::Result {
+        let (sender, receiver) = oneshot::channel();
+        self.attachment = None;
+        self.closing = Some((clock::now(), sender));
+        if !matches!(self.link.as_ref().map(Link::close), Some(Ok(()))) {
+            ctx.stop();
+        }
+        async move { receiver.await.unwrap_or(()) }.boxed_local()
+    }
+}
+
+impl Handler<FrameArrived> for ControlChannel {
+    type Result = ();
+
+    fn handle(&mut self, arrived: FrameArrived, ctx: &mut Context<Self>) {
+        match Message::decode(&arrived.frame) {
+            Ok((tag, message)) => self.receive(tag, message, ctx),
+            Err(error) => self.lost(&error.to_string(), ctx),
+        }
+    }
+}
+
+impl Handler<ReadEnded> for ControlChannel {
+    type Result = ();
+
+    fn handle(&mut self, ReadEnded(error): ReadEnded, ctx: &mut Context<Self>) {
+        self.lost(error.as_deref().unwrap_or("closed by the server"), ctx);
+    }
+}
+
+impl Handler<Wrote> for ControlChannel {
+    type Result = ();
+
+    fn handle(&mut self, wrote: Wrote, ctx: &mut Context<Self>) {
+        match wrote {
+            Wrote::Failed(reason) => self.lost(&reason, ctx),
+            // Closing: the server's half follows, or the tick ends the wait.
+            Wrote::Closed | Wrote::Idle | Wrote::Block(_) => {}
+        }
+    }
+}

@@ -1,0 +1,539 @@
+//! `Session`: one backup or restore on the server. It outlives every connection (G6).
+//!
+//! Owns the session machine, the store behind its lease, its gap tracker and the list of its streams. The registry
+//! starts it; it stops itself after its terminal state is recorded and nobody is connected any more. It must not touch a
+//! socket: streams close themselves.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::time::Duration;
+
+use actix::{
+    Actor, ActorContext, ActorFutureExt, Addr, AsyncContext, Context, Handler, Recipient, ResponseFuture, WrapFuture,
+};
+use bytes::Bytes;
+use futures_util::FutureExt;
+use strandline_messages::mail::{
+    DrainStream, DurableState, HolesFound, Peer, ReportDurable, StoreFailed, StreamEvent, StreamFact, WatermarkMoved,
+};
+use strandline_messages::wire::{
+    Attached, ChunksKnown, Commit, Committed, FetchChunks, Message, MissingChunks, QueryChunks, RefusalCode, Refused,
+    SessionKind, SessionStatus, join_ids, pack_bitmap, split_ids,
+};
+use strandline_messages::{Incarnation, RepositoryName, SessionId, SnapshotId, StreamIndex, limits};
+use tokio::sync::oneshot;
+use tracing::{debug, info, warn};
+
+use crate::gap_tracker::{AddListener, GapTracker, RemoveListener, StopTracking};
+use crate::machines::session::{Input, Output, SessionLimits, SessionMachine, Terminal};
+use crate::ports::{CommitOutcome, SessionStore, StoreFault};
+use crate::runtime::clock;
+use crate::session_fetch::Fetching;
+use crate::stream::{Intake, JoinGranted, JoinSession, Stream};
+
+const TICK: Duration = Duration::from_secs(1);
+
+/// From a control connection: a request of the agent; the answer goes back to it.
+#[derive(actix::Message)]
+#[rtype(result = "Message")]
+pub struct Ask(pub Message);
+
+/// From a control connection: let me speak for the session.
+#[derive(actix::Message)]
+#[rtype(result = "Result<Attached, Refused>")]
+pub struct AttachControl {
+    /// The incarnation that the agent last had.
+    pub known: Incarnation,
+    /// Takes what the server says unasked.
+    pub control: Recipient<Push>,
+}
+
+/// To a control connection: tell the agent this, unasked.
+#[derive(actix::Message, Clone)]
+#[rtype(result = "()")]
+pub struct Push(pub Message);
+
+/// From a control connection: it is gone.
+#[derive(actix::Message)]
+#[rtype(result = "()")]
+pub struct ControlGone(pub Incarnation);
+
+/// From the registry: another session carries on for this one; its lease is not this session's any more.
+#[derive(actix::Message)]
+#[rtype(result = "()")]
+pub struct Supersede;
+
+/// From the registry: the server stops. The session stays open in the catalog; its streams drain.
+#[derive(actix::Message)]
+#[rtype(result = "()")]
+pub struct Quiesce;
+
+/// From anybody: how are you?
+#[derive(actix::Message)]
+#[rtype(result = "Option<SessionStatus>")]
+pub struct Observe;
+
+/// To the registry: forget this session.
+#[derive(actix::Message)]
+#[rtype(result = "()")]
+pub struct SessionEnded(pub SessionId);
+
+/// What a session is made of.
+pub struct SessionSeed {
+    /// Its id.
+    pub id: SessionId,
+    /// Backup or restore.
+    pub kind: SessionKind,
+    /// Whose it is.
+    pub peer: Peer,
+    /// The repository's name.
+    pub repository: RepositoryName,
+    /// Its storage.
+    pub store: Arc<dyn SessionStore>,
+    /// Time limits.
+    pub limits: SessionLimits,
+    /// First credit of a restore, bytes.
+    pub credit: u64,
+    /// Takes what the server says unasked.
+    pub control: Recipient<Push>,
+    /// Is told when it is over.
+    pub registry: Recipient<SessionEnded>,
+}
+
+struct Joined {
+    incarnation: Incarnation,
+    stream: Addr<Stream>,
+}
+
+/// See the module.
+pub struct Session {
+    seed: SessionSeed,
+    machine: SessionMachine,
+    control: Option<Recipient<Push>>,
+    tracker: Option<Addr<GapTracker>>,
+    watermark: Arc<AtomicU64>,
+    streams: BTreeMap<StreamIndex, Joined>,
+    fetching: Fetching,
+    manifest: Option<Bytes>,
+    /// Whoever asked for the commit's outcome; the same request may have come over several connections.
+    waiting: Vec<oneshot::Sender<Message>>,
+    committed: Option<(SnapshotId, Vec<u8>)>,
+    ended_because: String,
+    superseded: bool,
+    full: bool,
+}
+
+impl Session {
+    /// A session that has its lease and is about to be registered.
+    pub fn new(seed: SessionSeed) -> Self {
+        Self {
+            machine: SessionMachine::new(seed.limits, clock::now()),
+            control: Some(seed.control.clone()),
+            tracker: None,
+            watermark: Arc::default(),
+            streams: BTreeMap::new(),
+            fetching: Fetching::new(seed.credit),
+            manifest: None,
+            waiting: Vec::new(),
+            committed: None,
+            ended_because: String::new(),
+            superseded: false,
+            full: false,
+            seed,
+        }
+    }
+
+    fn feed(&mut self, input: Input, ctx: &mut Context<Self>) {
+        self.machine.handle(clock::now(), input);
+        while let Some(output) = self.machine.poll_output() {
+            match output {
+                Output::StartCommit => self.start_commit(ctx),
+                Output::CommitTooLate(_) => {
+                    let answer = self.outcome();
+                    self.answer_waiting(&answer);
+                }
+                Output::End(terminal, reason) => self.end(terminal, reason, ctx),
+            }
+        }
+    }
+
+    fn start_commit(&mut self, ctx: &mut Context<Self>) {
+        let Some(manifest) = self.manifest.clone() else {
+            return self.feed(Input::Refused, ctx);
+        };
+        let committing = self.seed.store.commit(manifest);
+        ctx.spawn(committing.into_actor(self).map(|outcome, session, ctx| session.commit_came_out(outcome, ctx)));
+    }
+
+    fn commit_came_out(&mut self, outcome: Result<CommitOutcome, StoreFault>, ctx: &mut Context<Self>) {
+        match outcome {
+            Ok(CommitOutcome::Committed { snapshot, receipt }) => {
+                self.committed = Some((snapshot, receipt));
+                self.feed(Input::Committed, ctx);
+                let answer = self.outcome();
+                self.answer_waiting(&answer);
+            }
+            Ok(CommitOutcome::Missing { ids, more }) => {
+                self.feed(Input::Missing, ctx);
+                self.answer_waiting(&Message::MissingChunks(MissingChunks { ids: join_ids(&ids), more }));
+            }
+            Ok(CommitOutcome::Refused { reason }) => {
+                warn!(session = %self.seed.id.short(), reason, "commit refused");
+                self.feed(Input::Refused, ctx);
+                self.answer_waiting(&refused(RefusalCode::Invalid, reason));
+            }
+            Err(fault) => {
+                self.full = matches!(fault, StoreFault::Full(_));
+                self.feed(Input::Fault(fault.to_string()), ctx);
+                let answer = self.outcome();
+                self.answer_waiting(&answer);
+            }
+        }
+    }
+
+    /// What an agent that asks after the end is told.
+    fn outcome(&self) -> Message {
+        match &self.committed {
+            Some((snapshot, receipt)) => {
+                Message::Committed(Committed { snapshot: *snapshot, receipt: receipt.clone().into() })
+            }
+            None if self.full => refused(RefusalCode::Full, self.ended_because.clone()),
+            None => refused(
+                RefusalCode::Ended,
+                format!("the session ended: {} ({})", self.machine.state_name(), self.ended_because),
+            ),
+        }
+    }
+
+    fn answer_waiting(&mut self, answer: &Message) {
+        for waiting in self.waiting.drain(..) {
+            // Whoever asked may be gone; it will ask again over its next connection.
+            let _ = waiting.send(answer.clone());
+        }
+    }
+
+    fn end(&mut self, terminal: Terminal, reason: String, ctx: &mut Context<Self>) {
+        info!(session = %self.seed.id.short(), state = self.machine.state_name(), reason, "session ended");
+        self.ended_because.clone_from(&reason);
+        let recording = if self.committed.is_some() || self.superseded {
+            // The commit's own transaction, or the one that moved the lease, has recorded it.
+            std::future::ready(Ok(())).boxed()
+        } else {
+            self.seed.store.end(terminal, reason)
+        };
+        let answer = self.outcome();
+        self.answer_waiting(&answer);
+        if terminal != Terminal::Committed {
+            if let Some(control) = &self.control {
+                control.do_send(Push(answer));
+            }
+            self.drain_streams();
+        }
+        ctx.spawn(recording.into_actor(self).map(|recorded, session, ctx| {
+            if let Err(fault) = recorded {
+                warn!(session = %session.seed.id.short(), %fault, "the session's end could not be recorded");
+            }
+            session.stop_when_alone(ctx);
+        }));
+        // Whoever is still connected then has been told how it ended; the catalog tells everybody else.
+        ctx.run_later(self.seed.limits.grace, |_, ctx| ctx.stop());
+    }
+
+    fn drain_streams(&self) {
+        for joined in self.streams.values() {
+            joined.stream.do_send(DrainStream);
+        }
+    }
+
+    fn stop_when_alone(&mut self, ctx: &mut Context<Self>) {
+        if self.machine.ended().is_some() && self.streams.is_empty() && self.control.is_none() {
+            ctx.stop();
+        }
+    }
+
+    fn join(&mut self, request: JoinSession, ctx: &mut Context<Self>) -> Result<JoinGranted, Refused> {
+        if self.machine.ended().is_some() {
+            return Err(Refused::new(RefusalCode::Ended, format!("the session has ended: {}", self.ended_because)));
+        }
+        let (index, incarnation) = (request.join.index, request.join.incarnation);
+        match self.streams.get(&index) {
+            Some(known) if known.incarnation >= incarnation => {
+                return Err(Refused::new(RefusalCode::Superseded, "a newer connection has taken this stream's place"));
+            }
+            // The old connection's late events carry its own incarnation and change nothing any more.
+            Some(known) => known.stream.do_send(DrainStream),
+            None => self.machine.handle(clock::now(), Input::StreamJoined),
+        }
+        if let Some(tracker) = &self.tracker {
+            tracker.do_send(AddListener(index, request.stream.clone().recipient()));
+        }
+        self.streams.insert(index, Joined { incarnation, stream: request.stream });
+        let intake = self.tracker.clone().map(|tracker| Intake {
+            store: Arc::clone(&self.seed.store),
+            tracker: tracker.recipient(),
+            session: ctx.address().recipient(),
+            watermark: Arc::clone(&self.watermark),
+        });
+        Ok(JoinGranted { owner: ctx.address().recipient(), intake })
+    }
+
+    fn ask(&mut self, request: Message, ctx: &mut Context<Self>) -> ResponseFuture<Message> {
+        match (self.seed.kind, request) {
+            (SessionKind::Backup, Message::QueryChunks(query)) => self.query(&query),
+            (SessionKind::Backup, Message::Commit(commit)) => self.commit(commit, ctx),
+            (SessionKind::Restore, Message::FetchChunks(fetch)) => self.fetch(&fetch, ctx),
+            (_, Message::AbortSession(abort)) => {
+                // A restore that was finished ends in good order; it says so with an empty reason.
+                let finished = self.seed.kind == SessionKind::Restore && abort.reason.is_empty();
+                self.feed(if finished { Input::Finish } else { Input::Abort(abort.reason) }, ctx);
+                std::future::ready(Message::SessionAborted).boxed_local()
+            }
+            (_, other) => {
+                let text = format!("{} does not belong in this kind of session", other.name());
+                std::future::ready(refused(RefusalCode::Invalid, text)).boxed_local()
+            }
+        }
+    }
+
+    fn query(&self, query: &QueryChunks) -> ResponseFuture<Message> {
+        if self.machine.ended().is_some() {
+            return std::future::ready(self.outcome()).boxed_local();
+        }
+        let Some(ids) = split_ids(&query.ids, limits::QUERY_IDS_MAX) else {
+            return std::future::ready(refused(RefusalCode::Invalid, "malformed ids")).boxed_local();
+        };
+        let asking = self.seed.store.known(ids);
+        async move {
+            match asking.await {
+                Ok(known) => Message::ChunksKnown(ChunksKnown { bitmap: pack_bitmap(&known) }),
+                Err(fault) => refused(RefusalCode::Internal, fault.to_string()),
+            }
+        }
+        .boxed_local()
+    }
+
+    fn commit(&mut self, commit: Commit, ctx: &mut Context<Self>) -> ResponseFuture<Message> {
+        let (sender, receiver) = oneshot::channel();
+        self.waiting.push(sender);
+        self.manifest = Some(commit.manifest.into_vec().into());
+        self.seed.store.flush();
+        self.feed(Input::Commit { last_sequence: commit.last_sequence }, ctx);
+        async move { receiver.await.unwrap_or_else(|_| refused(RefusalCode::Ended, "the session has ended")) }
+            .boxed_local()
+    }
+
+    fn fetch(&mut self, fetch: &FetchChunks, ctx: &mut Context<Self>) -> ResponseFuture<Message> {
+        let ids = split_ids(&fetch.ids, limits::FETCH_IDS_MAX);
+        let Some(ids) = ids.filter(|_| self.fetching.may_add()) else {
+            return std::future::ready(refused(RefusalCode::Invalid, "too many ids or fetches")).boxed_local();
+        };
+        let (sender, receiver) = oneshot::channel();
+        let request = fetch.request;
+        let locating = self.seed.store.locate(ids.clone());
+        ctx.spawn(locating.into_actor(self).map(move |places, session, ctx| match places {
+            Ok(places) => {
+                let wanted: Vec<_> = ids.into_iter().zip(places).collect();
+                session.fetching.add(request, &wanted, sender);
+                session.pump(ctx);
+            }
+            Err(fault) => drop(sender.send(refused(RefusalCode::Internal, fault.to_string()))),
+        }));
+        async move { receiver.await.unwrap_or_else(|_| refused(RefusalCode::Ended, "the session has ended")) }
+            .boxed_local()
+    }
+
+    /// Reads what the credit covers and hands it to streams that have room.
+    fn pump(&mut self, ctx: &mut Context<Self>) {
+        while let Some(errand) = self.fetching.next_read() {
+            let reading = self.seed.store.read(errand.place);
+            ctx.spawn(reading.into_actor(self).map(move |block, session, ctx| {
+                session.fetching.read_ended(errand, block);
+                session.pump(ctx);
+            }));
+        }
+        while let Some((index, block)) = self.fetching.next_send() {
+            if let Some(joined) = self.streams.get(&index) {
+                joined.stream.do_send(block);
+            }
+        }
+    }
+
+    fn stream_gone(&mut self, event: &StreamEvent, ctx: &mut Context<Self>) {
+        if self.streams.get(&event.index).is_none_or(|known| known.incarnation != event.incarnation) {
+            return;
+        }
+        self.streams.remove(&event.index);
+        self.fetching.stream_gone(event.index);
+        if let Some(tracker) = &self.tracker {
+            tracker.do_send(RemoveListener(event.index));
+        }
+        self.feed(Input::StreamLeft, ctx);
+        self.pump(ctx);
+        self.stop_when_alone(ctx);
+    }
+}
+
+fn refused(code: RefusalCode, text: impl Into<String>) -> Message {
+    Message::Refused(Refused::new(code, text))
+}
+
+impl Actor for Session {
+    type Context = Context<Self>;
+
+    fn started(&mut self, ctx: &mut Context<Self>) {
+        if self.seed.kind == SessionKind::Backup {
+            let (moved, holes) = (ctx.address().recipient(), ctx.address().recipient());
+            self.tracker = Some(GapTracker::new(Arc::clone(&self.watermark), moved, holes).start());
+        }
+        ctx.run_interval(TICK, |session, ctx| session.feed(Input::Tick, ctx));
+    }
+
+    fn stopped(&mut self, _: &mut Context<Self>) {
+        if let Some(tracker) = self.tracker.take() {
+            tracker.do_send(StopTracking);
+        }
+        self.seed.registry.do_send(SessionEnded(self.seed.id));
+    }
+}
+
+impl Handler<Ask> for Session {
+    type Result = ResponseFuture<Message>;
+
+    fn handle(&mut self, Ask(request): Ask, ctx: &mut Context<Self>) -> Self::Result {
+        if let Message::Credit(credit) = request {
+            self.fetching.grant(credit.bytes);
+            self.pump(ctx);
+            return std::future::ready(Message::Credit(credit)).boxed_local();
+        }
+        self.ask(request, ctx)
+    }
+}
+
+impl Handler<AttachControl> for Session {
+    type Result = ResponseFuture<Result<Attached, Refused>>;
+
+    fn handle(&mut self, request: AttachControl, _: &mut Context<Self>) -> Self::Result {
+        let Some(incarnation) = self.machine.attach(request.known) else {
+            let text = "another connection speaks for this session since: this one is superseded";
+            return std::future::ready(Err(Refused::new(RefusalCode::Superseded, text))).boxed_local();
+        };
+        self.control = Some(request.control);
+        let tracker = self.tracker.clone();
+        async move {
+            let nothing = DurableState { watermark: 0, ranges: Vec::new() };
+            let durable = match tracker {
+                Some(tracker) => tracker.send(ReportDurable).await.unwrap_or(nothing),
+                None => nothing,
+            };
+            Ok(Attached { incarnation, watermark: durable.watermark, ranges: durable.ranges })
+        }
+        .boxed_local()
+    }
+}
+
+impl Handler<ControlGone> for Session {
+    type Result = ();
+
+    fn handle(&mut self, ControlGone(incarnation): ControlGone, ctx: &mut Context<Self>) {
+        if incarnation == self.machine.incarnation() {
+            self.control = None;
+        }
+        self.feed(Input::ControlLost(incarnation), ctx);
+        self.stop_when_alone(ctx);
+    }
+}
+
+impl Handler<JoinSession> for Session {
+    type Result = Result<JoinGranted, Refused>;
+
+    fn handle(&mut self, request: JoinSession, ctx: &mut Context<Self>) -> Self::Result {
+        self.join(request, ctx)
+    }
+}
+
+impl Handler<StreamEvent> for Session {
+    type Result = ();
+
+    fn handle(&mut self, event: StreamEvent, ctx: &mut Context<Self>) {
+        match &event.fact {
+            StreamFact::Joined => {
+                self.fetching.stream_joined(event.index);
+                self.pump(ctx);
+            }
+            StreamFact::Written(sequence) => {
+                self.fetching.written(event.index, *sequence);
+                self.pump(ctx);
+            }
+            StreamFact::Lost { reason, .. } => {
+                warn!(session = %self.seed.id.short(), stream = event.index.0, reason, "stream lost");
+                self.stream_gone(&event, ctx);
+            }
+            StreamFact::Ended { clean } => {
+                debug!(session = %self.seed.id.short(), stream = event.index.0, clean, "stream closed");
+                self.stream_gone(&event, ctx);
+            }
+            StreamFact::Acknowledged(_) | StreamFact::Arrived(_) => {}
+        }
+    }
+}
+
+impl Handler<WatermarkMoved> for Session {
+    type Result = ();
+
+    fn handle(&mut self, WatermarkMoved(watermark): WatermarkMoved, ctx: &mut Context<Self>) {
+        self.feed(Input::Watermark(watermark), ctx);
+    }
+}
+
+impl Handler<HolesFound> for Session {
+    type Result = ();
+
+    fn handle(&mut self, HolesFound(retransmit): HolesFound, _: &mut Context<Self>) {
+        if let Some(control) = &self.control {
+            control.do_send(Push(Message::Retransmit(retransmit)));
+        }
+    }
+}
+
+impl Handler<StoreFailed> for Session {
+    type Result = ();
+
+    fn handle(&mut self, failed: StoreFailed, ctx: &mut Context<Self>) {
+        self.full |= failed.full;
+        self.feed(Input::Fault(failed.reason), ctx);
+    }
+}
+
+impl Handler<Supersede> for Session {
+    type Result = ();
+
+    fn handle(&mut self, _: Supersede, ctx: &mut Context<Self>) {
+        self.superseded = true;
+        self.feed(Input::Fault("superseded: another session carries on for it".into()), ctx);
+    }
+}
+
+impl Handler<Quiesce> for Session {
+    type Result = ();
+
+    fn handle(&mut self, _: Quiesce, _: &mut Context<Self>) {
+        self.seed.store.flush();
+        self.drain_streams();
+    }
+}
+
+impl Handler<Observe> for Session {
+    type Result = Option<SessionStatus>;
+
+    fn handle(&mut self, _: Observe, _: &mut Context<Self>) -> Self::Result {
+        self.machine.ended().is_none().then(|| SessionStatus {
+            session: self.seed.id,
+            repository: self.seed.repository.clone(),
+            agent: self.seed.peer.agent,
+            state: self.machine.state_name().to_owned(),
+            streams: u16::try_from(self.streams.len()).unwrap_or(u16::MAX),
+            watermark: self.watermark.load(std::sync::atomic::Ordering::Acquire),
+        })
+    }
+}

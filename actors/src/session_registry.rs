@@ -1,0 +1,261 @@
+//! `SessionRegistry`: id → session. The only place that creates sessions and the only door for streams.
+//!
+//! Registration precedes join (G3): the answer to `OpenSession` is sent only after the session stands in the map, and a
+//! stream can only ask to join with the token of that answer. It ends when the server stops.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use actix::{
+    Actor, ActorFutureExt, Addr, AsyncContext, Context, Handler, Recipient, ResponseActFuture, ResponseFuture,
+    WrapFuture,
+};
+use futures_util::FutureExt;
+use strandline_messages::mail::Peer;
+use strandline_messages::wire::{
+    Attach, Attached, Committed, Message, OpenSession, RefusalCode, Refused, SessionOpened, SessionStatus,
+};
+use strandline_messages::{Incarnation, SessionId, SessionToken};
+use tracing::info;
+
+use crate::machines::session::SessionLimits;
+use crate::ports::{Host, Opening};
+use crate::session::{AttachControl, Observe, Push, Quiesce, Session, SessionEnded, SessionSeed, Supersede};
+use crate::stream::{JoinGranted, JoinSession};
+
+/// What sessions are given.
+#[derive(Clone, Debug)]
+pub struct SessionSettings {
+    /// Time limits.
+    pub limits: SessionLimits,
+    /// Backup: window that agents are told. Restore: first credit. Bytes, at least one maximal block.
+    pub window_bytes: u64,
+    /// Most streams of one session.
+    pub max_streams: u16,
+    /// Where streams connect to; empty: where the control connection is.
+    pub data_addresses: Vec<String>,
+}
+
+/// From a control connection: open a session for this peer.
+#[derive(actix::Message)]
+#[rtype(result = "Result<Registered, Refused>")]
+pub struct RegisterSession {
+    /// Who asks.
+    pub peer: Peer,
+    /// The request.
+    pub request: OpenSession,
+    /// What this server sent in its `Hello`.
+    pub nonce: [u8; 32],
+    /// Takes what the server says unasked.
+    pub control: Recipient<Push>,
+}
+
+/// Answer to [`RegisterSession`].
+pub struct Registered {
+    /// What to tell the agent.
+    pub answer: Message,
+    /// The session, unless it had committed before.
+    pub session: Option<(Addr<Session>, Incarnation)>,
+}
+
+/// From a control connection: find the session again.
+#[derive(actix::Message)]
+#[rtype(result = "Result<(Addr<Session>, Attached), Refused>")]
+pub struct AttachSession {
+    /// Who asks.
+    pub peer: Peer,
+    /// The request.
+    pub attach: Attach,
+    /// Takes what the server says unasked.
+    pub control: Recipient<Push>,
+}
+
+/// Take no more sessions and let all streams drain.
+#[derive(actix::Message)]
+#[rtype(result = "()")]
+pub struct StopServing;
+
+/// The open sessions, with their tenants.
+#[derive(actix::Message)]
+#[rtype(result = "Vec<(Peer, SessionStatus)>")]
+pub struct ObserveSessions;
+
+struct Entry {
+    session: Addr<Session>,
+    peer: Peer,
+    token: SessionToken,
+}
+
+/// See the module.
+pub struct SessionRegistry {
+    host: Arc<dyn Host>,
+    settings: SessionSettings,
+    sessions: HashMap<SessionId, Entry>,
+    stopping: bool,
+}
+
+impl SessionRegistry {
+    /// No sessions yet.
+    pub fn new(host: Arc<dyn Host>, settings: SessionSettings) -> Self {
+        Self { host, settings, sessions: HashMap::new(), stopping: false }
+    }
+
+    fn find(&self, peer: &Peer, id: SessionId, token: &SessionToken) -> Result<&Entry, Refused> {
+        // One answer for "does not exist", "not yours" and "wrong token": existence is not told.
+        self.sessions
+            .get(&id)
+            .filter(|entry| entry.peer == *peer && entry.token == *token)
+            .ok_or_else(|| Refused::new(RefusalCode::NoSuchSession, "the server does not have this session"))
+    }
+
+    fn refuse_if_stopping(&self) -> Result<(), Refused> {
+        if self.stopping { Err(Refused::new(RefusalCode::Stopping, "the server is stopping")) } else { Ok(()) }
+    }
+
+    fn register(
+        &mut self,
+        id: SessionId,
+        request: RegisterSession,
+        opening: Opening,
+        ctx: &mut Context<Self>,
+    ) -> Registered {
+        let store = match opening {
+            Opening::AlreadyCommitted { snapshot, receipt } => {
+                let answer = Message::Committed(Committed { snapshot, receipt: receipt.into() });
+                return Registered { answer, session: None };
+            }
+            Opening::Granted { store } => store,
+        };
+        if let Some(old) = request.request.resume_of.and_then(|old| self.sessions.get(&old)) {
+            old.session.do_send(Supersede);
+        }
+        let (peer, token) = (request.peer, SessionToken(self.host.random()));
+        info!(session = %id.short(), tenant = %peer.tenant, agent = %peer.agent.short(), kind = ?request.request.kind, "session opened");
+        let session = Session::new(SessionSeed {
+            id,
+            kind: request.request.kind,
+            peer: peer.clone(),
+            repository: request.request.repository,
+            store,
+            limits: self.settings.limits,
+            credit: self.settings.window_bytes,
+            control: request.control,
+            registry: ctx.address().recipient(),
+        })
+        .start();
+        self.sessions.insert(id, Entry { session: session.clone(), peer, token });
+        let incarnation = Incarnation(1);
+        let answer = Message::SessionOpened(SessionOpened {
+            session: id,
+            token,
+            incarnation,
+            window_bytes: self.settings.window_bytes,
+            max_streams: self.settings.max_streams,
+            data_addresses: self.settings.data_addresses.clone(),
+        });
+        Registered { answer, session: Some((session, incarnation)) }
+    }
+}
+
+impl Actor for SessionRegistry {
+    type Context = Context<Self>;
+}
+
+impl Handler<RegisterSession> for SessionRegistry {
+    type Result = ResponseActFuture<Self, Result<Registered, Refused>>;
+
+    fn handle(&mut self, request: RegisterSession, _: &mut Context<Self>) -> Self::Result {
+        if let Err(refusal) = self.refuse_if_stopping() {
+            return Box::pin(actix::fut::ready(Err(refusal)));
+        }
+        let [id @ .., _, _, _, _, _, _, _, _, _, _, _, _, _, _, _, _] = self.host.random();
+        let id = SessionId(id);
+        let opening = self.host.open(request.peer.clone(), id, request.request.clone(), request.nonce);
+        let registering = opening
+            .into_actor(self)
+            .map(move |opening, registry, ctx| opening.map(|opening| registry.register(id, request, opening, ctx)));
+        Box::pin(registering)
+    }
+}
+
+impl Handler<JoinSession> for SessionRegistry {
+    type Result = ResponseFuture<Result<JoinGranted, Refused>>;
+
+    fn handle(&mut self, request: JoinSession, _: &mut Context<Self>) -> Self::Result {
+        let found = self.refuse_if_stopping().and_then(|()| {
+            if request.join.index.0 >= self.settings.max_streams {
+                return Err(Refused::new(RefusalCode::Invalid, "more streams than the session allows"));
+            }
+            self.find(&request.peer, request.join.session, &request.join.token)
+        });
+        match found {
+            Err(refusal) => std::future::ready(Err(refusal)).boxed_local(),
+            Ok(entry) => {
+                let joining = entry.session.send(request);
+                async move { joining.await.unwrap_or_else(|_| Err(gone())) }.boxed_local()
+            }
+        }
+    }
+}
+
+impl Handler<AttachSession> for SessionRegistry {
+    type Result = ResponseFuture<Result<(Addr<Session>, Attached), Refused>>;
+
+    fn handle(&mut self, request: AttachSession, _: &mut Context<Self>) -> Self::Result {
+        match self.find(&request.peer, request.attach.session, &request.attach.token) {
+            Err(refusal) => std::future::ready(Err(refusal)).boxed_local(),
+            Ok(entry) => {
+                let session = entry.session.clone();
+                let attaching =
+                    session.send(AttachControl { known: request.attach.incarnation, control: request.control });
+                async move {
+                    let attached = attaching.await.unwrap_or_else(|_| Err(gone()))?;
+                    Ok((session, attached))
+                }
+                .boxed_local()
+            }
+        }
+    }
+}
+
+fn gone() -> Refused {
+    Refused::new(RefusalCode::NoSuchSession, "the session has just ended")
+}
+
+impl Handler<SessionEnded> for SessionRegistry {
+    type Result = ();
+
+    fn handle(&mut self, SessionEnded(id): SessionEnded, _: &mut Context<Self>) {
+        self.sessions.remove(&id);
+    }
+}
+
+impl Handler<StopServing> for SessionRegistry {
+    type Result = ();
+
+    fn handle(&mut self, _: StopServing, _: &mut Context<Self>) {
+        self.stopping = true;
+        for entry in self.sessions.values() {
+            entry.session.do_send(Quiesce);
+        }
+    }
+}
+
+impl Handler<ObserveSessions> for SessionRegistry {
+    type Result = ResponseFuture<Vec<(Peer, SessionStatus)>>;
+
+    fn handle(&mut self, _: ObserveSessions, _: &mut Context<Self>) -> Self::Result {
+        let asked: Vec<_> =
+            self.sessions.values().map(|entry| (entry.peer.clone(), entry.session.send(Observe))).collect();
+        async move {
+            let mut seen = Vec::with_capacity(asked.len());
+            for (peer, asking) in asked {
+                if let Ok(Some(status)) = asking.await {
+                    seen.push((peer, status));
+                }
+            }
+            seen
+        }
+        .boxed_local()
+    }
+}
