@@ -1,1 +1,4 @@
-//! Strandline.
+//! Strandline's server.
+
+pub mod pki;
+pub mod tls;
