@@ -1,4 +1,6 @@
 //! Strandline's server.
 
+pub mod config;
 pub mod pki;
+pub mod tenancy;
 pub mod tls;

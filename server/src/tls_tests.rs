@@ -68,7 +68,7 @@ async fn meet(
 ) -> (Result<Result<Accepted, Refusal>, rustls::Error>, Result<String, rustls::Error>) {
     let (near, far) = tokio::io::duplex(64 << 10);
     let serving = async {
-        let mut stream = TlsAcceptor::from(Arc::clone(server)).accept(near).await.map_err(tls_error)?;
+        let mut stream = TlsAcceptor::from(Arc::clone(server)).accept(near).await.map_err(|error| tls_error(&error))?;
         let decision = accepted_peer(stream.get_ref().1);
         stream.write_all(b"hello").await.unwrap();
         stream.shutdown().await.unwrap();
@@ -76,15 +76,16 @@ async fn meet(
     };
     let calling = async {
         let name = ServerName::try_from("localhost").unwrap();
-        let mut stream = TlsConnector::from(Arc::new(client)).connect(name, far).await.map_err(tls_error)?;
+        let mut stream =
+            TlsConnector::from(Arc::new(client)).connect(name, far).await.map_err(|error| tls_error(&error))?;
         let mut text = String::new();
-        stream.read_to_string(&mut text).await.map_err(tls_error)?;
+        stream.read_to_string(&mut text).await.map_err(|error| tls_error(&error))?;
         Ok(text)
     };
     tokio::join!(serving, calling)
 }
 
-fn tls_error(error: std::io::Error) -> rustls::Error {
+fn tls_error(error: &std::io::Error) -> rustls::Error {
     match error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>()) {
         Some(inner) => inner.clone(),
         None => rustls::Error::General(error.to_string()),
@@ -195,7 +196,8 @@ async fn s47_an_agent_refuses_a_server_of_another_authority() {
 async fn speak(bytes: &[u8]) -> (rustls::Error, Vec<u8>) {
     let site = Site::new();
     let (near, mut far) = tokio::io::duplex(64 << 10);
-    let serving = async { TlsAcceptor::from(site.config).accept(near).await.map(|_| ()).map_err(tls_error) };
+    let serving =
+        async { TlsAcceptor::from(site.config).accept(near).await.map(|_| ()).map_err(|error| tls_error(&error)) };
     let calling = async {
         far.write_all(bytes).await.unwrap();
         let mut reply = Vec::new();

@@ -167,7 +167,8 @@ impl Authority {
         let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
         let serial = random_serial()?;
         let mut params = dated(clock::wall(), AUTHORITY_VALIDITY, serial.clone());
-        let label: String = serial.to_bytes().iter().take(4).map(|byte| format!("{byte:02x}")).collect();
+        let mut label = data_encoding::HEXLOWER.encode(&serial.to_bytes());
+        label.truncate(8);
         params.distinguished_name.push(DnType::CommonName, format!("Strandline authority {label}"));
         params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
         params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
@@ -268,8 +269,8 @@ impl Authority {
         Ok(Issuer::from_ca_cert_der(&self.certificate, &self.key)?)
     }
 
-    /// No certificate outlives its authority.
-    fn capped(&self, validity: Duration) -> Duration {
+    /// `validity`, shortened so that no certificate outlives its authority.
+    pub fn capped(&self, validity: Duration) -> Duration {
         let left_s = u64::try_from(self.expires_s).unwrap_or(0).saturating_sub(clock::wall().as_secs());
         validity.min(Duration::from_secs(left_s))
     }
