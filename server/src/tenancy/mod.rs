@@ -22,6 +22,7 @@ use strandline_messages::{AgentId, TenantName};
 
 pub use enrol::{EnrolError, Enrolled, Machine, enrol, renew};
 use journal::{AgentIdText, Event, JOURNAL_NAME, Journal};
+pub(crate) use records::hexadecimal;
 pub use records::{AgentRecord, AgentState, TenantRecord};
 
 /// The schema of the whole catalog: every part's migrations, run once, whoever comes first.
