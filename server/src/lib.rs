@@ -2,8 +2,10 @@
 //! and the process itself (`serve`).
 
 pub mod admin;
+pub mod cli;
 pub mod config;
 pub mod data_dir;
 pub mod pki;
+pub mod serve;
 pub mod tenancy;
 pub mod tls;
