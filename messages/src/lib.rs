@@ -6,12 +6,14 @@
 
 pub mod durable;
 pub mod format;
+pub mod identity;
 pub mod ids;
 pub mod limits;
 pub mod mail;
 pub mod wire;
 
 pub use durable::{Durable, DurableWriter};
+pub use identity::{AuthorityHash, EnrolmentSecret, EnrolmentToken, Identity, Role, ServerAddress};
 pub use ids::{
     AgentId, BlockDigest, ChunkId, ChunkKind, DomainId, Incarnation, RepositoryId, RepositoryName, Sequence, SessionId,
     SessionToken, SnapshotId, StreamIndex, TenantName,

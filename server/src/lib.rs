@@ -1,1 +1,11 @@
-//! Strandline.
+//! Strandline's server: who may come in (`pki`, `tls`, `tenancy`), how it is told what to do (`config`, `admin`, `cli`),
+//! and the process itself (`serve`).
+
+pub mod admin;
+pub mod cli;
+pub mod config;
+pub mod data_dir;
+pub mod pki;
+pub mod serve;
+pub mod tenancy;
+pub mod tls;

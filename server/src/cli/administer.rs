@@ -1,0 +1,81 @@
+//! Commands that ask: of the running server through its socket, else of the data directory itself.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use strandline_actors::runtime::clock;
+
+use super::{AgentCommand, Command, TenantCommand, TokenCommand};
+use crate::admin::{AdminError, AdminHandler, AdminReply, AdminRequest, Administrator, Idle, ask};
+use crate::config::Config;
+use crate::data_dir::{DataDirError, DataLock, LOCK_NAME, open_catalog};
+use crate::pki::Authority;
+use crate::tenancy::Tenancy;
+
+/// The administrator's request was refused.
+#[derive(Debug, thiserror::Error)]
+#[error("{message}")]
+pub(super) struct Refused {
+    pub(super) exit_code: u8,
+    message: String,
+}
+
+/// How often lock and socket are tried again.
+const RETRY: Duration = Duration::from_millis(100);
+
+/// The request that a command stands for; none if it is no such command.
+pub(super) fn request(command: Command) -> Option<AdminRequest> {
+    match command {
+        Command::Tenant(TenantCommand::Add { name }) => Some(AdminRequest::TenantAdd { name }),
+        Command::Tenant(TenantCommand::List) => Some(AdminRequest::TenantList {}),
+        Command::Token(TokenCommand::Create { tenant, valid_for }) => {
+            Some(AdminRequest::TokenCreate { tenant, valid_for })
+        }
+        Command::Agent(AgentCommand::List { tenant }) => Some(AdminRequest::AgentList { tenant }),
+        Command::Agent(AgentCommand::Revoke { agent }) => Some(AdminRequest::AgentRevoke { agent }),
+        Command::Status => Some(AdminRequest::Status {}),
+        Command::Init(_) | Command::Serve | Command::Completions { .. } => None,
+    }
+}
+
+/// Gets the answer. Whoever holds the lock without a socket (a command like this one, a server that is starting) is
+/// waited for.
+pub(super) async fn administer(
+    data: &Path,
+    config_path: &Path,
+    lock_wait: Duration,
+    request: AdminRequest,
+) -> anyhow::Result<AdminReply> {
+    let deadline = clock::now().checked_add(lock_wait);
+    let reply = loop {
+        match ask(data, &request).await {
+            Ok(reply) => break reply,
+            Err(AdminError::NotRunning { .. }) => {}
+            Err(error) => return Err(error.into()),
+        }
+        // Before the lock, which would be made: a directory that is no server's is left as it is.
+        let config = Config::load(config_path)?;
+        let holder = match DataLock::try_take(data)? {
+            Ok(lock) => break directly(data, config, lock, request).await?,
+            Err(holder) => holder,
+        };
+        if deadline.is_some_and(|deadline| clock::now() >= deadline) {
+            return Err(DataDirError::Locked { path: data.join(LOCK_NAME), holder }.into());
+        }
+        tokio::time::sleep(RETRY).await;
+    };
+    match reply {
+        AdminReply::Failed { exit_code, message } => Err(Refused { exit_code, message }.into()),
+        reply => Ok(reply),
+    }
+}
+
+async fn directly(data: &Path, config: Config, _lock: DataLock, request: AdminRequest) -> anyhow::Result<AdminReply> {
+    let authority = Arc::new(Authority::load(data)?);
+    let pool = open_catalog(data).await?;
+    let tenancy = Tenancy::open(pool.clone(), data).await?;
+    let reply = Administrator::new(data.to_owned(), config, tenancy, authority, Idle).handle(request).await;
+    pool.close().await;
+    Ok(reply)
+}

@@ -1,0 +1,221 @@
+//! The `strand-server` command line: arguments, and what is printed.
+//!
+//! Results go to standard output, errors and remarks to standard error; with `--json` both as JSON. Exit codes: 0 done,
+//! 1 failed, 10 no such repository, 11 locked or busy.
+
+mod administer;
+mod init;
+mod output;
+
+use std::ffi::OsString;
+use std::io::Write;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::error::ErrorKind;
+use clap::{Args, CommandFactory, Parser, Subcommand};
+use strandline_messages::identity::ServerAddress;
+use strandline_messages::{AgentId, TenantName};
+use tracing_subscriber::EnvFilter;
+
+use crate::config::{CONFIG_NAME, Config, LogFormat};
+use crate::data_dir::DataDirError;
+use crate::serve::{ServeOptions, serve};
+
+/// Done.
+pub const EXIT_DONE: u8 = 0;
+/// Failed.
+pub const EXIT_FAILED: u8 = 1;
+/// No such repository.
+pub const EXIT_NO_REPOSITORY: u8 = 10;
+/// Locked or busy.
+pub const EXIT_LOCKED: u8 = 11;
+
+/// The Strandline backup server.
+#[derive(Debug, Parser)]
+#[command(name = "strand-server", version, about, max_term_width = 100)]
+struct Arguments {
+    /// The data directory.
+    #[arg(long, global = true, value_name = "DIR", env = "STRAND_SERVER_DATA", default_value = "/var/lib/strandline")]
+    data: PathBuf,
+    /// The configuration file; DIR/strand-server.toml if not given.
+    #[arg(long, global = true, value_name = "FILE", env = "STRAND_SERVER_CONFIG")]
+    config: Option<PathBuf>,
+    /// Print JSON.
+    #[arg(long, global = true)]
+    json: bool,
+    /// How long to wait while another process uses the data directory.
+    #[arg(long, global = true, value_name = "TIME", default_value = "5s", value_parser = humantime::parse_duration)]
+    lock_wait: Duration,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Make a new server in a data directory.
+    Init(InitArguments),
+    /// Run the server.
+    Serve,
+    /// Tenants: isolated from one another.
+    #[command(subcommand)]
+    Tenant(TenantCommand),
+    /// Enrolment tokens: each lets one machine in, once.
+    #[command(subcommand)]
+    Token(TokenCommand),
+    /// Enrolled machines.
+    #[command(subcommand)]
+    Agent(AgentCommand),
+    /// Show what the server is doing.
+    Status,
+    /// Print a completion script for a shell.
+    Completions {
+        /// The shell.
+        shell: clap_complete::Shell,
+    },
+}
+
+#[derive(Debug, Args)]
+struct InitArguments {
+    /// The data directory to make; --data if not given.
+    dir: Option<PathBuf>,
+    /// A host name or IP address of this server, as agents write it; may be repeated. This machine's name if not given.
+    #[arg(long = "name", value_name = "HOST")]
+    names: Vec<String>,
+    /// An address to listen on; may be repeated.
+    #[arg(long, value_name = "ADDR")]
+    listen: Vec<SocketAddr>,
+    /// Where agents reach the server, if not under its names and port; may be repeated.
+    #[arg(long, value_name = "HOST:PORT")]
+    advertise: Vec<ServerAddress>,
+}
+
+#[derive(Debug, Subcommand)]
+enum TenantCommand {
+    /// Add a tenant.
+    Add {
+        /// Its name.
+        name: TenantName,
+    },
+    /// List the tenants.
+    List,
+}
+
+#[derive(Debug, Subcommand)]
+enum TokenCommand {
+    /// Make a token and print it: hand it to the machine, for `strand enroll`.
+    Create {
+        /// The tenant that the machine will belong to.
+        tenant: TenantName,
+        /// How long the token is good, at most 1h.
+        #[arg(long, value_name = "TIME", default_value = "1h", value_parser = humantime::parse_duration)]
+        valid_for: Duration,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+enum AgentCommand {
+    /// List the agents.
+    List {
+        /// Only those of this tenant.
+        tenant: Option<TenantName>,
+    },
+    /// Bar an agent for ever. Its backups are kept.
+    Revoke {
+        /// The agent's id, as `agent list` shows it.
+        agent: AgentId,
+    },
+}
+
+/// Runs the command line of this process.
+pub fn main() -> ExitCode {
+    let code = run(std::env::args_os(), &mut std::io::stdout(), &mut std::io::stderr());
+    ExitCode::from(code)
+}
+
+/// Runs one command line; `out` gets results, `err` errors and remarks. Returns the exit code.
+pub fn run(
+    arguments: impl IntoIterator<Item = impl Into<OsString> + Clone>,
+    out: &mut dyn Write,
+    err: &mut dyn Write,
+) -> u8 {
+    let arguments = match Arguments::try_parse_from(arguments) {
+        Ok(arguments) => arguments,
+        Err(error) => return usage(&error, out, err),
+    };
+    let json = arguments.json;
+    match execute(arguments, out, err) {
+        Ok(()) => EXIT_DONE,
+        Err(error) => {
+            let code = exit_code(&error);
+            output::error(err, json, code, &error);
+            code
+        }
+    }
+}
+
+/// Help and version are results; a wrong command line is a failure, with exit code 1.
+fn usage(error: &clap::Error, out: &mut dyn Write, err: &mut dyn Write) -> u8 {
+    let wanted = matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion);
+    let text = error.render();
+    let written = if wanted { write!(out, "{text}") } else { write!(err, "{text}") };
+    if wanted && written.is_ok() { EXIT_DONE } else { EXIT_FAILED }
+}
+
+fn execute(arguments: Arguments, out: &mut dyn Write, err: &mut dyn Write) -> anyhow::Result<()> {
+    let Arguments { data, config, json, lock_wait, command } = arguments;
+    let config_path = config.unwrap_or_else(|| data.join(CONFIG_NAME));
+    match command {
+        Command::Completions { shell } => {
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Arguments::command(), "strand-server", &mut script);
+            Ok(out.write_all(&script)?)
+        }
+        Command::Init(init) => {
+            let data = init.dir.clone().unwrap_or(data);
+            in_runtime(init::init(&data, &init, lock_wait)).and_then(|made| output::initialised(out, err, json, &made))
+        }
+        Command::Serve => {
+            let config = Config::load(&config_path)?;
+            start_log(&config)?;
+            in_runtime(serve(ServeOptions { data, config_path, config, lock_wait }))
+        }
+        command => {
+            let Some(request) = administer::request(command) else { return Ok(()) };
+            let reply = in_runtime(administer::administer(&data, &config_path, lock_wait, request))?;
+            output::reply(out, err, json, reply)
+        }
+    }
+}
+
+fn in_runtime<T>(future: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
+    actix_rt::System::new().block_on(future)
+}
+
+/// The log goes to standard error. A filter that cannot be understood is an error, not silence.
+fn start_log(config: &Config) -> anyhow::Result<()> {
+    let filter = EnvFilter::try_new(&config.log.filter)
+        .map_err(|error| anyhow::anyhow!("configuration: `log.filter` cannot be understood: {error}"))?;
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let started = match config.log.format {
+        LogFormat::Text => builder.with_ansi(false).try_init(),
+        LogFormat::Json => builder.json().try_init(),
+    };
+    started.map_err(|error| anyhow::anyhow!("the log cannot be started: {error}"))
+}
+
+fn exit_code(error: &anyhow::Error) -> u8 {
+    if let Some(administer::Refused { exit_code, .. }) = error.downcast_ref() {
+        return *exit_code;
+    }
+    match error.downcast_ref() {
+        Some(DataDirError::Locked { .. }) => EXIT_LOCKED,
+        _ => EXIT_FAILED,
+    }
+}
+
+#[cfg(test)]
+#[path = "tests.rs"]
+mod tests;
