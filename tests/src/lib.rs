@@ -4,5 +4,8 @@
 pub mod compare;
 pub mod corpus;
 pub mod mutate;
+pub mod process;
+pub mod proxy;
 pub mod random;
 pub mod ranges;
+pub mod sockets;
