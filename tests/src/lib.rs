@@ -1,1 +1,11 @@
-//! Strandline.
+//! What the whole-system tests are made of: nasty trees, an exact comparison, a proxy that cuts connections, and the
+//! real processes. Nothing here is part of the product.
+
+pub mod compare;
+pub mod corpus;
+pub mod mutate;
+pub mod process;
+pub mod proxy;
+pub mod random;
+pub mod ranges;
+pub mod sockets;
