@@ -1,0 +1,303 @@
+//! The engine as the actors see it: [`Host`] for control connections, [`SessionStore`] for sessions.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use actix::Addr;
+use arc_swap::ArcSwapOption;
+use aws_lc_rs::signature::{ED25519, UnparsedPublicKey};
+use bytes::Bytes;
+use futures_util::FutureExt;
+use futures_util::future::BoxFuture;
+use strandline_actors::machines::session::Terminal;
+use strandline_actors::ports::{BlockPlace, CommitOutcome, Host, Opening, SessionStore, StoreFault};
+use strandline_actors::runtime::clock;
+use strandline_actors::session_registry::{ObserveSessions, SessionRegistry};
+use strandline_messages::format::cursor::Decoder;
+use strandline_messages::format::keys::{Capability, WriterCertificateV1, open_session_proof};
+use strandline_messages::format::manifest::snapshot_id;
+use strandline_messages::format::receipt::ReceiptV1;
+use strandline_messages::format::repository::RepositoryV1;
+use strandline_messages::mail::Peer;
+use strandline_messages::wire::{
+    CreateRepository, DescribeRepository, ListSnapshots, ListedSnapshot, Message, OpenSession, RefusalCode, Refused,
+    RepositoryDescribed, RepositoryStatus, SessionKind, SnapshotsListed, StatusReported,
+};
+use strandline_messages::{ChunkId, Durable, Sequence, SessionId, limits};
+
+use crate::engine::{self, BlockAddress, Engine, EngineError, Lease, Opened, Repository, SessionEnd, StoreError};
+
+/// See the module.
+pub struct EngineHost {
+    engine: Arc<Engine>,
+    started: Instant,
+    registry: ArcSwapOption<Addr<SessionRegistry>>,
+}
+
+impl EngineHost {
+    /// In front of an open engine.
+    pub fn new(engine: Arc<Engine>) -> Self {
+        Self { engine, started: clock::now(), registry: ArcSwapOption::empty() }
+    }
+
+    /// The registry whose sessions a status report lists.
+    pub fn observe(&self, registry: Addr<SessionRegistry>) {
+        self.registry.store(Some(Arc::new(registry)));
+    }
+
+    /// When the server was started.
+    pub fn started(&self) -> Instant {
+        self.started
+    }
+}
+
+impl Host for EngineHost {
+    fn open(
+        &self,
+        peer: Peer,
+        session: SessionId,
+        request: OpenSession,
+        nonce: [u8; 32],
+    ) -> BoxFuture<'static, Result<Opening, Refused>> {
+        let engine = Arc::clone(&self.engine);
+        async move {
+            let repository = engine.repository(&peer.tenant, &request.repository).await.map_err(refusal)?;
+            let writer = verified_writer(repository.file(), &request, &nonce)?;
+            let opened = repository
+                .open_session(session, peer.agent, writer.domain(), request.resume_of)
+                .await
+                .map_err(refusal)?;
+            match opened {
+                Opened::Fresh(lease) => {
+                    Ok(Opening::Granted { store: Arc::new(LeasedRepository { repository, lease }) })
+                }
+                Opened::AlreadyCommitted { receipt } => {
+                    let snapshot = ReceiptV1::decode(&receipt)
+                        .map_err(|error| Refused::new(RefusalCode::Internal, error.to_string()))?
+                        .snapshot;
+                    Ok(Opening::AlreadyCommitted { snapshot, receipt })
+                }
+            }
+        }
+        .boxed()
+    }
+
+    fn answer(&self, peer: Peer, request: Message) -> BoxFuture<'static, Result<Message, Refused>> {
+        let engine = Arc::clone(&self.engine);
+        let status = StatusQuestion { started: self.started, registry: self.registry.load_full() };
+        async move {
+            match request {
+                Message::DescribeRepository(request) => describe(&engine, &peer, &request).await,
+                Message::CreateRepository(request) => create(&engine, &peer, request).await,
+                Message::ListSnapshots(request) => list(&engine, &peer, &request).await,
+                Message::GetStatus => status.answer(&engine, &peer).await,
+                other => Err(Refused::new(
+                    RefusalCode::Invalid,
+                    format!("{} is not a request on a control connection", other.name()),
+                )),
+            }
+        }
+        .boxed()
+    }
+
+    fn free_bytes(&self) -> u64 {
+        self.engine.free_bytes_now()
+    }
+
+    fn random(&self) -> [u8; 32] {
+        let mut bytes = [0; 32];
+        // A system without random numbers cannot make TLS connections either; a zero token would never be unique, so the
+        // second session with it is refused by the catalog.
+        let _ = getrandom::fill(&mut bytes);
+        bytes
+    }
+}
+
+async fn describe(engine: &Engine, peer: &Peer, request: &DescribeRepository) -> Result<Message, Refused> {
+    let repository = engine.repository(&peer.tenant, &request.repository).await.map_err(refusal)?;
+    let slots = repository.slots().await.map_err(refusal)?;
+    Ok(Message::RepositoryDescribed(RepositoryDescribed {
+        file: repository.file().encode().into(),
+        slots: slots.into_iter().map(Into::into).collect(),
+    }))
+}
+
+async fn create(engine: &Engine, peer: &Peer, request: CreateRepository) -> Result<Message, Refused> {
+    let file = RepositoryV1::decode(&request.file)
+        .map_err(|error| Refused::new(RefusalCode::Invalid, error.to_string()))?;
+    if request.slots.is_empty() {
+        return Err(Refused::new(RefusalCode::Invalid, "a repository needs a key slot: nobody could read it"));
+    }
+    let slots = request.slots.into_iter().map(serde_bytes::ByteBuf::into_vec).collect();
+    engine.create_repository(&peer.tenant, file, slots).await.map_err(refusal)?;
+    Ok(Message::RepositoryCreated)
+}
+
+async fn list(engine: &Engine, peer: &Peer, request: &ListSnapshots) -> Result<Message, Refused> {
+    let repository = engine.repository(&peer.tenant, &request.repository).await.map_err(refusal)?;
+    let limit = (request.limit as usize).clamp(1, limits::LIST_PAGE_MAX);
+    let found = repository.snapshots(request.after_order, limit).await.map_err(refusal)?;
+    let mut room = limits::CONTROL_BYTES_MAX - 1024;
+    let mut snapshots = Vec::with_capacity(found.len());
+    for (order, manifest, receipt) in found {
+        // A page is cut where its frame is full; the next request begins after its last.
+        let size = manifest.len() + receipt.len() + 64;
+        let Some(left) = room.checked_sub(size) else { break };
+        room = left;
+        snapshots.push(ListedSnapshot { order, manifest: manifest.into(), receipt: receipt.into() });
+    }
+    Ok(Message::SnapshotsListed(SnapshotsListed { snapshots }))
+}
+
+struct StatusQuestion {
+    started: Instant,
+    registry: Option<Arc<Addr<SessionRegistry>>>,
+}
+
+impl StatusQuestion {
+    async fn answer(&self, engine: &Engine, peer: &Peer) -> Result<Message, Refused> {
+        let mut repositories = Vec::new();
+        for file in engine.repositories(&peer.tenant).await.map_err(refusal)? {
+            let repository = engine.repository(&peer.tenant, &file.name).await.map_err(refusal)?;
+            let totals = repository.totals().await.map_err(refusal)?;
+            repositories.push(RepositoryStatus {
+                name: file.name,
+                snapshots: totals.snapshots,
+                stored_bytes: totals.stored_bytes,
+            });
+        }
+        let seen = match &self.registry {
+            Some(registry) => registry.send(ObserveSessions).await.unwrap_or_default(),
+            None => Vec::new(),
+        };
+        let sessions = seen.into_iter().filter(|view| view.peer.tenant == peer.tenant).map(|view| view.status);
+        Ok(Message::StatusReported(StatusReported {
+            software: concat!("strandline ", env!("CARGO_PKG_VERSION")).to_owned(),
+            tenant: peer.tenant.clone(),
+            agent: peer.agent,
+            uptime_seconds: clock::now().saturating_duration_since(self.started).as_secs(),
+            free_bytes: engine.free_bytes().await,
+            repositories,
+            sessions: sessions.collect(),
+        }))
+    }
+}
+
+/// The root key certified the writer, and whoever asks holds the writer's key.
+fn verified_writer(
+    repository: &RepositoryV1,
+    request: &OpenSession,
+    nonce: &[u8; 32],
+) -> Result<WriterCertificateV1, Refused> {
+    let denied = |why: &str| Refused::new(RefusalCode::NotPermitted, why);
+    let mut decoder = Decoder::new(&request.writer, "writer certificate");
+    let writer = WriterCertificateV1::decode(&mut decoder)
+        .and_then(|writer| decoder.finish().map(|()| writer))
+        .map_err(|error| denied(&error.to_string()))?;
+    let signed = WriterCertificateV1::signed_part(&repository.id, writer.capability, &writer.public_key);
+    UnparsedPublicKey::new(&ED25519, repository.root_public)
+        .verify(&signed, &writer.signature)
+        .map_err(|_| denied("the key belongs to another repository: its certificate is not signed by this one's root"))?;
+    UnparsedPublicKey::new(&ED25519, writer.public_key)
+        .verify(&open_session_proof(nonce, &repository.id), &request.proof)
+        .map_err(|_| denied("the proof of the writer key does not verify"))?;
+    let allowed = match request.kind {
+        SessionKind::Backup => writer.capability != Capability::Read,
+        SessionKind::Restore => writer.capability != Capability::Write,
+    };
+    if allowed { Ok(writer) } else { Err(denied("the key's capability does not include this")) }
+}
+
+fn refusal(error: EngineError) -> Refused {
+    let code = match &error {
+        EngineError::NoSuchRepository { .. } => RefusalCode::NoSuchRepository,
+        EngineError::AlreadyExists { .. } => RefusalCode::RepositoryExists,
+        EngineError::Fenced { .. } => RefusalCode::Superseded,
+        EngineError::BadSlot { .. } | EngineError::SessionExists { .. } => RefusalCode::Invalid,
+        _ => RefusalCode::Internal,
+    };
+    if code == RefusalCode::Internal {
+        tracing::error!(%error, "a request failed");
+    }
+    Refused::new(code, error.to_string())
+}
+
+/// A repository behind one session's lease.
+struct LeasedRepository {
+    repository: Arc<Repository>,
+    lease: Lease,
+}
+
+fn fault(error: &EngineError) -> StoreFault {
+    if error.is_full() { StoreFault::Full(error.to_string()) } else { StoreFault::Failed(error.to_string()) }
+}
+
+impl SessionStore for LeasedRepository {
+    fn known(&self, ids: Vec<ChunkId>) -> BoxFuture<'static, Result<Vec<bool>, StoreFault>> {
+        let (repository, lease) = (Arc::clone(&self.repository), self.lease.clone());
+        async move { repository.known(&lease, ids).await.map_err(|error| fault(&error)) }.boxed()
+    }
+
+    fn store(&self, sequence: Sequence, block: Bytes) -> BoxFuture<'static, Result<Durable<Sequence>, StoreFault>> {
+        let (repository, lease) = (Arc::clone(&self.repository), self.lease.clone());
+        async move {
+            repository.store(&lease, sequence, block).await.map_err(|error| match error {
+                StoreError::BadBlock(_) => StoreFault::BadBlock(error.to_string()),
+                StoreError::Full { .. } => StoreFault::Full(error.to_string()),
+                other => StoreFault::Failed(other.to_string()),
+            })
+        }
+        .boxed()
+    }
+
+    fn flush(&self) {
+        self.repository.flush();
+    }
+
+    fn commit(&self, manifest: Bytes) -> BoxFuture<'static, Result<CommitOutcome, StoreFault>> {
+        let (repository, lease) = (Arc::clone(&self.repository), self.lease.clone());
+        async move {
+            match repository.commit(&lease, manifest.clone()).await {
+                Ok(engine::CommitOutcome::Committed { snapshot, receipt }) => {
+                    debug_assert_eq!(snapshot, snapshot_id(&manifest));
+                    Ok(CommitOutcome::Committed { snapshot, receipt })
+                }
+                Ok(engine::CommitOutcome::Missing { ids, more }) => Ok(CommitOutcome::Missing { ids, more }),
+                Ok(engine::CommitOutcome::Refused { reason }) => Ok(CommitOutcome::Refused { reason }),
+                Err(error) => Err(fault(&error)),
+            }
+        }
+        .boxed()
+    }
+
+    fn end(&self, terminal: Terminal, reason: String) -> BoxFuture<'static, Result<(), StoreFault>> {
+        let (repository, lease) = (Arc::clone(&self.repository), self.lease.clone());
+        let end = match terminal {
+            Terminal::Committed => SessionEnd::Finished,
+            Terminal::Failed => SessionEnd::Failed,
+            Terminal::Aborted => SessionEnd::Aborted,
+            Terminal::Expired => SessionEnd::Expired,
+        };
+        async move { repository.end_session(&lease, end, &reason).await.map_err(|error| fault(&error)) }.boxed()
+    }
+
+    fn locate(&self, ids: Vec<ChunkId>) -> BoxFuture<'static, Result<Vec<Option<BlockPlace>>, StoreFault>> {
+        let (repository, domain) = (Arc::clone(&self.repository), self.lease.domain);
+        async move {
+            let found = repository.locate(domain, &ids).await.map_err(|error| fault(&error))?;
+            let place = |address: BlockAddress| BlockPlace {
+                pack: address.pack,
+                offset: address.offset,
+                bytes: address.bytes,
+            };
+            Ok(found.into_iter().map(|address| address.map(place)).collect())
+        }
+        .boxed()
+    }
+
+    fn read(&self, place: BlockPlace) -> BoxFuture<'static, Result<Bytes, StoreFault>> {
+        let repository = Arc::clone(&self.repository);
+        let address = BlockAddress { pack: place.pack, offset: place.offset, bytes: place.bytes };
+        async move { repository.read_block(address).await.map_err(|error| fault(&error)) }.boxed()
+    }
+}
