@@ -1,3 +1,4 @@
 //! Strandline's agent: what runs on the machine whose files are saved, and the command `strand`.
 
 pub mod keys;
+pub mod seal;

@@ -233,8 +233,7 @@ pub(crate) fn verify(public_key: &[u8; 32], message: &[u8], signature: &[u8; 64]
 }
 
 fn key_pair(seed: &[u8; 32]) -> Result<Ed25519KeyPair, KeyError> {
-    Ed25519KeyPair::from_seed_unchecked(seed)
-        .map_err(|_| KeyError::Inconsistent { why: "a signing key is malformed" })
+    Ed25519KeyPair::from_seed_unchecked(seed).map_err(|_| KeyError::Inconsistent { why: "a signing key is malformed" })
 }
 
 fn public_half(pair: &Ed25519KeyPair) -> [u8; 32] {

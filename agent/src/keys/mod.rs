@@ -14,6 +14,7 @@ use strandline_messages::format::FormatError;
 
 pub use key_file::{key_file_path, load_key_file, store_key_file};
 pub use keyset::Keyset;
+pub(crate) use keyset::{WRAP_X25519_HPKE, verify, verify_certificate};
 pub use recovery::{format_recovery_key, parse_recovery_key};
 pub use slots::{SlotSecret, open_slot, seal_slot, unlock};
 

@@ -47,12 +47,7 @@ impl SlotSecret {
 }
 
 /// Seals the keyset for one more holder. The label is for people (cut to its limit); `created_ns` is ns since 1970.
-pub fn seal_slot(
-    keyset: &Keyset,
-    secret: &SlotSecret,
-    label: &str,
-    created_ns: i64,
-) -> Result<KeySlotV1, KeyError> {
+pub fn seal_slot(keyset: &Keyset, secret: &SlotSecret, label: &str, created_ns: i64) -> Result<KeySlotV1, KeyError> {
     let kind = match secret {
         SlotSecret::KeyFile(_) => SlotKind::KeyFile,
         SlotSecret::Passphrase(_) => {
@@ -96,8 +91,7 @@ pub fn open_slot(slot: &KeySlotV1, secret: &SlotSecret) -> Result<Keyset, KeyErr
     }
     let key = slot_key(slot, secret)?;
     let mut buffer = Zeroizing::new(slot.sealed.clone());
-    let plain =
-        key.open_in_place(zero_nonce(), Aad::from(slot.encode_visible()), &mut buffer).map_err(|_| wrong())?;
+    let plain = key.open_in_place(zero_nonce(), Aad::from(slot.encode_visible()), &mut buffer).map_err(|_| wrong())?;
     let keyset = Keyset::decode(plain)?;
     if keyset.repository() != slot.repository {
         return Err(KeyError::ForeignRepository { expected: slot.repository, found: keyset.repository() });
