@@ -1,1 +1,4 @@
-//! Strandline.
+//! Strandline's agent: what runs on the machine whose files are saved, and the command `strand`.
+
+pub mod keys;
+pub mod seal;
