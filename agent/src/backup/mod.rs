@@ -12,8 +12,17 @@
 //! The wait-for graph is a line from left to right: each stage waits only for the ones right of it, the sealers only for
 //! the sink. Blocks of trees are sealed by one thread, so that children are always sent before their parents.
 
+mod assemble;
+mod blocks;
+mod feed;
+mod items;
 pub mod ports;
 pub mod progress;
+mod reader;
+mod run;
+mod trees;
+
+pub use self::run::{BackupPlan, CacheTrust, ChunkKeys, PassOutcome, run_pass};
 
 /// Why a backup cannot go on.
 #[derive(Debug, thiserror::Error)]
@@ -34,6 +43,16 @@ pub enum BackupError {
         what: &'static str,
         /// What the system said.
         source: std::io::Error,
+    },
+    /// A query came back with another number of answers.
+    #[error(
+        "the server answered {answered} of {asked} questions; no snapshot was made, earlier ones are intact: its version may not fit this program"
+    )]
+    Answer {
+        /// Ids asked.
+        asked: usize,
+        /// Answers.
+        answered: usize,
     },
     /// Whoever asks, seals or sends has failed.
     #[error(transparent)]

@@ -16,6 +16,18 @@ pub trait ChunkOracle: Send {
     fn query(&mut self, ids: Vec<ChunkId>) -> Result<Box<dyn QueryTicket>, BackupError>;
 }
 
+/// An oracle that two threads share. An object of its own, so that borrowing it says nothing about what the oracle borrows.
+pub(super) trait SharedOracle: Sync {
+    /// [`ChunkOracle::query`].
+    fn ask(&self, ids: Vec<ChunkId>) -> Result<Box<dyn QueryTicket>, BackupError>;
+}
+
+impl SharedOracle for parking_lot::Mutex<Box<dyn ChunkOracle + '_>> {
+    fn ask(&self, ids: Vec<ChunkId>) -> Result<Box<dyn QueryTicket>, BackupError> {
+        self.lock().query(ids)
+    }
+}
+
 /// A query under way. Tickets are answered in the order of their queries.
 pub trait QueryTicket: Send {
     /// Whether [`QueryTicket::wait`] would return at once.
