@@ -63,3 +63,10 @@ pub enum BackupError {
     )]
     Stopped,
 }
+
+#[cfg(test)]
+mod memory_server;
+#[cfg(test)]
+mod tests;
+#[cfg(test)]
+mod tests_live;

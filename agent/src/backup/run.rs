@@ -253,11 +253,6 @@ struct Pass<'a> {
 }
 
 impl Pass<'_> {
-    fn walker(&self, walk: &WalkPlan, context: &Arc<ListContext>, lookahead: Lookahead) -> Result<Walker, BackupError> {
-        let machine = |error: rustix::io::Errno| BackupError::Machine { what: "opening `/`", source: error.into() };
-        Walker::new(walk.clone(), context.clone(), lookahead).map_err(machine)
-    }
-
     // `None`: the fault says why.
     fn run(
         &self,
@@ -294,7 +289,7 @@ impl Pass<'_> {
             drop(listings);
             let oracle = &oracle;
             let feeder = move || {
-                let walker = self.walker(walk, self.context, lookahead)?;
+                let walker = open_walker(walk, self.context, lookahead)?;
                 Feeder::new(walker, old, trust, oracle, jobs_sender, ordered_sender).run(|| fault.stopped())
             };
             fault.record(spawn(scope, "feed", move || fault.record(feeder())));
@@ -369,7 +364,7 @@ impl Pass<'_> {
 
     fn estimate(&self, walk: &WalkPlan, over: &AtomicBool) {
         let context = Arc::new(list_context(self.plan, false));
-        let Ok(walker) = self.walker(walk, &context, Lookahead::none()) else { return };
+        let Ok(walker) = open_walker(walk, &context, Lookahead::none()) else { return };
         for event in walker {
             if over.load(Ordering::Relaxed) || self.fault.stopped() {
                 return;
@@ -381,6 +376,11 @@ impl Pass<'_> {
         }
         self.progress.estimated.store(true, Ordering::Relaxed);
     }
+}
+
+fn open_walker(walk: &WalkPlan, context: &Arc<ListContext>, lookahead: Lookahead) -> Result<Walker, BackupError> {
+    let machine = |error: rustix::io::Errno| BackupError::Machine { what: "opening `/`", source: error.into() };
+    Walker::new(walk.clone(), context.clone(), lookahead).map_err(machine)
 }
 
 fn spawn<'scope, 'env, T: Send + 'scope>(

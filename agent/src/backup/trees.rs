@@ -390,12 +390,11 @@ impl ContentBuilder {
             return Ok(FileContent::Pieces(mem::take(&mut self.pieces)));
         }
         let top = if self.pieces.is_empty() { self.levels.finish_without_last(sink)? } else { None };
-        let top = match top {
-            Some(top) => top,
-            None => {
-                let last = self.close(sink)?;
-                self.levels.finish(last, sink)?
-            }
+        let top = if let Some(top) = top {
+            top
+        } else {
+            let last = self.close(sink)?;
+            self.levels.finish(last, sink)?
         };
         self.clear();
         Ok(FileContent::List(top))
@@ -597,7 +596,8 @@ mod tests {
             let pieces = (0..1024).map(|i| FilePiece { id: id(n * 1024 + i), bytes: 9 }).collect();
             let xattrs = (0..8).map(|i| Xattr { name: vec![b'a' + i], value: vec![7; 60_000] }).collect();
             let node = NewNode::File { size: 9, content: FileContent::Pieces(pieces), holes: Vec::new() };
-            let entry = NewEntry { name: format!("{n:04}").as_bytes(), meta: &Meta::default(), xattrs, node };
+            let name = format!("{n:04}");
+            let entry = NewEntry { name: name.as_bytes(), meta: &Meta::default(), xattrs, node };
             builder.add(entry, Owner::default, &[3; 32], &mut nodes).unwrap();
         }
         let top = builder.finish(&mut nodes).unwrap();

@@ -138,6 +138,7 @@ impl Walker {
     }
 
     fn push_given(&mut self, dir: Arc<Dir>, given: Option<Arc<RootNode>>) {
+        let children: Vec<_> = given.iter().flat_map(|given| given.children.clone()).collect();
         let device = dir.device();
         let mut frame = Frame {
             dir,
@@ -145,14 +146,14 @@ impl Walker {
             ahead: VecDeque::new(),
             ready: VecDeque::new(),
             listings_ahead: 0,
-            given: given.clone(),
+            given,
             below: Below::GivenPathsOnly,
             root_device: device,
             path_bytes: self.path.len(),
         };
         let fd = frame.dir.fd();
         let mut scanned = Vec::new();
-        for (name, child) in given.iter().flat_map(|given| &given.children) {
+        for (name, child) in &children {
             let meta = match &fd {
                 Ok(fd) => {
                     if child.root {
