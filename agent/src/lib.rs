@@ -1,10 +1,17 @@
 //! Strandline's agent: what runs on the machine whose files are saved, and the command `strand`.
-
-pub mod keys;
-pub mod seal;
-//! Strandline's agent: reads files, deduplicates, compresses, encrypts and sends them; restores them.
+//!
+//! `scan`, `chunk`, `cache` and `backup` turn files into sealed blocks; `trees` and `restore` turn blocks into files again;
+//! `keys` and `seal` hold the cryptography; `net` and `embedded` reach a server; `job` runs one backup from end to end;
+//! `cli` is the command line. Only `embedded` knows the server's crate.
 
 pub mod backup;
 pub mod cache;
 pub mod chunk;
+pub mod cli;
+pub mod embedded;
+pub mod job;
+pub mod keys;
+pub mod net;
 pub mod scan;
+pub mod seal;
+pub mod trees;
