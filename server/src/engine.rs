@@ -1,0 +1,2 @@
+//! x
+#[cfg(test)] pub(crate) mod fixture {}
