@@ -1,0 +1,106 @@
+//! The catalog: a SQLite database inside the data directory. This module owns the engine's tables (migration 0001) and is the
+//! only place that names their columns.
+//!
+//! The database runs in WAL mode with `synchronous = NORMAL`: a power cut may take back the last transactions. That loses
+//! nothing that was promised: manifests and receipts are synced files before their rows are committed, and the next start
+//! makes the rows again.
+
+pub mod packs;
+pub mod repositories;
+pub mod sessions;
+pub mod snapshots;
+
+use std::path::Path;
+use std::time::Duration;
+
+use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous};
+use sqlx::{Sqlite, SqlitePool, Transaction};
+
+/// Connections of the pool: one writer at a time in any case, the others read.
+const CONNECTIONS_MAX: u32 = 4;
+/// How long a transaction waits for another to end.
+const BUSY_WAIT: Duration = Duration::from_secs(60);
+
+/// Why the catalog could not answer.
+#[derive(Debug, thiserror::Error)]
+pub enum CatalogError {
+    /// The database refused.
+    #[error("cannot {doing} in the catalog: {source}; stored backups are intact; if the catalog is damaged, move it away and start again, it is made anew from the storage")]
+    Sql {
+        /// What was being done.
+        doing: &'static str,
+        /// What the database said.
+        source: sqlx::Error,
+    },
+    /// The tables could not be brought up to date.
+    #[error("cannot bring the catalog's tables up to date: {0}; stored backups are intact; was it written by a newer Strandline?")]
+    Migrate(#[from] sqlx::migrate::MigrateError),
+    /// A row that this program cannot have written.
+    #[error("the catalog holds an impossible {what}; stored backups are intact; move the catalog away and start again, it is made anew from the storage")]
+    Impossible {
+        /// The value.
+        what: &'static str,
+    },
+}
+
+pub(crate) fn sql(doing: &'static str) -> impl FnOnce(sqlx::Error) -> CatalogError {
+    move |source| CatalogError::Sql { doing, source }
+}
+
+/// A connection to the catalog.
+#[derive(Clone, Debug)]
+pub struct Catalog {
+    pool: SqlitePool,
+}
+
+impl Catalog {
+    /// Opens the database file `path`, creating it and its tables as needed.
+    pub async fn open(path: &Path) -> Result<Self, CatalogError> {
+        let options = SqliteConnectOptions::new()
+            .filename(path)
+            .create_if_missing(true)
+            .journal_mode(SqliteJournalMode::Wal)
+            .synchronous(SqliteSynchronous::Normal)
+            .foreign_keys(true)
+            .busy_timeout(BUSY_WAIT);
+        let pool = SqlitePoolOptions::new().max_connections(CONNECTIONS_MAX).connect_with(options).await;
+        let pool = pool.map_err(sql("open the database"))?;
+        sqlx::migrate!("./migrations").run(&pool).await?;
+        Ok(Self { pool })
+    }
+
+    /// The connections, for the tables of other parts of the server.
+    pub fn pool(&self) -> &SqlitePool {
+        &self.pool
+    }
+
+    /// Begins a transaction that holds the write lock from the start.
+    pub(crate) async fn begin(&self) -> Result<Transaction<'static, Sqlite>, CatalogError> {
+        self.pool.begin_with("BEGIN IMMEDIATE").await.map_err(sql("begin a transaction"))
+    }
+
+    /// Moves the write-ahead log into the database file and closes all connections.
+    pub async fn close(&self) -> Result<(), CatalogError> {
+        let done = sqlx::query("PRAGMA wal_checkpoint(TRUNCATE)").execute(&self.pool).await;
+        self.pool.close().await;
+        done.map(|_| ()).map_err(sql("write the log back"))
+    }
+}
+
+/// A stored number as what it was before it was stored.
+pub(crate) fn unsigned(value: i64) -> u64 {
+    value.cast_unsigned()
+}
+
+/// A number as SQLite stores it.
+pub(crate) fn signed(value: u64) -> i64 {
+    value.cast_signed()
+}
+
+pub(crate) fn id<T>(what: &'static str, bytes: &[u8], from: impl FnOnce(&[u8]) -> Option<T>) -> Result<T, CatalogError> {
+    from(bytes).ok_or(CatalogError::Impossible { what })
+}
+
+pub(crate) fn number(what: &'static str, value: i64) -> Result<u32, CatalogError> {
+    u32::try_from(value).map_err(|_| CatalogError::Impossible { what })
+}

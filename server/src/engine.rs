@@ -1,0 +1,351 @@
+//! The storage engine: everything that the server, or a program that embeds it, does with a data directory.
+//!
+//! An [`Engine`] owns one data directory from [`Engine::open`] to [`Engine::close`]: its lock, its catalog, the server's signing
+//! key, and every [`Repository`] in it. It knows nothing of networks, and of keys only the public ones.
+//!
+//! Invariants: nothing in the directory is touched before the lock is held, and the lock outlives every thread that writes.
+//! Files come before rows. A repository that cannot be opened does not keep the others from being served.
+
+pub mod error;
+#[cfg(test)]
+pub(crate) mod fixture;
+pub mod known;
+pub mod repository;
+
+mod check;
+mod commit;
+mod completeness;
+mod packs;
+mod server_key;
+mod state;
+#[cfg(test)]
+mod tests;
+
+use std::collections::HashMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use parking_lot::RwLock;
+use strandline_messages::format::keys::KeySlotV1;
+use strandline_messages::format::repository::RepositoryV1;
+use strandline_messages::{RepositoryName, TenantName, limits};
+use tokio::sync::Mutex;
+
+use crate::catalog::Catalog;
+use crate::catalog::repositories::RepositoryRow;
+use crate::index::cache::PageCache;
+use crate::index::engine::FLUSH_ENTRIES;
+use crate::storage::files::{self, FileOps, SystemFiles};
+use crate::storage::layout::{DataPaths, RepositoryPaths};
+use crate::storage::lock::DirectoryLock;
+use crate::storage::pack_writer::PackWriterOptions;
+use crate::storage::StorageError;
+
+pub use crate::catalog::sessions::{Lease, Opened, SessionEnd, SessionRow};
+pub use crate::storage::pack_writer::StoreError;
+pub use error::EngineError;
+pub use repository::{BlockAddress, CommitOutcome, Repository, Totals};
+
+use server_key::ServerKey;
+
+/// Memory for index pages, shared by all repositories, bytes.
+const INDEX_CACHE_BYTES: usize = 64 << 20;
+/// Longest repository file, bytes.
+const REPOSITORY_FILE_BYTES_MAX: usize = 4096;
+
+/// How an engine behaves.
+#[derive(Clone, Copy, Debug)]
+pub struct EngineOptions {
+    /// How long to wait for another process to leave the data directory.
+    pub lock_wait: Duration,
+    /// Blocks are written as a group of about this many bytes at the latest.
+    pub group_commit_bytes: usize,
+    /// The first block of a group waits for others at most this long; cut to one second.
+    pub group_commit_wait: Duration,
+}
+
+impl Default for EngineOptions {
+    fn default() -> Self {
+        let group_commit_wait = Duration::from_millis(100);
+        Self { lock_wait: Duration::ZERO, group_commit_bytes: 16 << 20, group_commit_wait }
+    }
+}
+
+/// Sizes that tests make small.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Sizes {
+    pub pack_bytes_max: u64,
+    pub index_flush_entries: usize,
+}
+
+impl Default for Sizes {
+    fn default() -> Self {
+        Self { pack_bytes_max: limits::PACK_BYTES_MAX, index_flush_entries: FLUSH_ENTRIES }
+    }
+}
+
+/// What every repository of an engine shares.
+#[derive(Debug)]
+pub(crate) struct Common {
+    pub paths: DataPaths,
+    pub catalog: Catalog,
+    pub key: ServerKey,
+    pub ops: Arc<dyn FileOps>,
+    pub cache: Arc<PageCache>,
+    pub writer: PackWriterOptions,
+    pub sizes: Sizes,
+    pub lock: DirectoryLock,
+}
+
+type Known = HashMap<(TenantName, RepositoryName), Entry>;
+
+#[derive(Clone, Debug)]
+enum Entry {
+    Open(Arc<Repository>),
+    /// Why it could not be opened at the start.
+    Unusable(Arc<EngineError>),
+}
+
+/// An open data directory.
+#[derive(Debug)]
+pub struct Engine {
+    common: Arc<Common>,
+    repositories: RwLock<Known>,
+    /// One repository is created at a time.
+    creating: Mutex<()>,
+}
+
+impl Engine {
+    /// Opens the data directory `dir`, creating it if it is missing: takes its lock, brings the catalog up to date, recovers
+    /// every repository's packs and index, and gives manifests that have no row theirs.
+    pub async fn open(dir: &Path, options: EngineOptions) -> Result<Self, EngineError> {
+        Self::open_with(dir, options, Sizes::default(), Arc::new(SystemFiles)).await
+    }
+
+    /// As [`Engine::open`], with the file operations that packs are written with; a test passes ones that fail.
+    pub async fn open_with_files(dir: &Path, options: EngineOptions, ops: Arc<dyn FileOps>) -> Result<Self, EngineError> {
+        Self::open_with(dir, options, Sizes::default(), ops).await
+    }
+
+    pub(crate) async fn open_with(dir: &Path, options: EngineOptions, sizes: Sizes, ops: Arc<dyn FileOps>) -> Result<Self, EngineError> {
+        let paths = DataPaths::new(dir);
+        let (lock, key) = {
+            let paths = paths.clone();
+            blocking(move || {
+                files::create_directory(paths.root())?;
+                let lock = DirectoryLock::take(paths.root(), &paths.lock(), options.lock_wait)?;
+                files::remove_temporaries(paths.root())?;
+                files::create_directory(&paths.storage())?;
+                Ok((lock, ServerKey::load_or_make(&paths.server_key())?))
+            })
+            .await?
+        };
+        let catalog = Catalog::open(&paths.catalog()).await?;
+        let writer = PackWriterOptions {
+            group_commit_bytes: options.group_commit_bytes,
+            group_commit_wait: options.group_commit_wait.min(Duration::from_secs(1)),
+            pack_bytes_max: sizes.pack_bytes_max,
+        };
+        let cache = Arc::new(PageCache::new(INDEX_CACHE_BYTES));
+        let common = Arc::new(Common { paths, catalog, key, ops, cache, writer, sizes, lock });
+        let mut known = Known::new();
+        for (row, file) in find_repositories(&common).await? {
+            let key = (row.tenant.clone(), file.name.clone());
+            let entry = match Repository::open(Arc::clone(&common), row, file).await {
+                Ok(repository) => Entry::Open(Arc::new(repository)),
+                Err(error) => {
+                    tracing::error!(tenant = %key.0, repository = %key.1, %error, "a repository cannot be opened");
+                    Entry::Unusable(Arc::new(error))
+                }
+            };
+            known.insert(key, entry);
+        }
+        Ok(Self { common, repositories: RwLock::new(known), creating: Mutex::default() })
+    }
+
+    /// The catalog's connections, for the tables of other parts of the server.
+    pub fn pool(&self) -> &sqlx::SqlitePool {
+        self.common.catalog.pool()
+    }
+
+    /// The Ed25519 public key that receipts are verified with.
+    pub fn server_public_key(&self) -> [u8; 32] {
+        self.common.key.public()
+    }
+
+    /// Makes a repository: its files, in one rename, then its row. `slots` are encoded key slots of it.
+    pub async fn create_repository(&self, tenant: &TenantName, file: RepositoryV1, slots: Vec<Vec<u8>>) -> Result<Arc<Repository>, EngineError> {
+        let _one_at_a_time = self.creating.lock().await;
+        let key = (tenant.clone(), file.name.clone());
+        let exists = || EngineError::AlreadyExists { tenant: tenant.clone(), name: file.name.clone() };
+        let home = self.common.paths.repository(tenant, &file.id);
+        if self.repositories.read().contains_key(&key) || home.root().exists() {
+            return Err(exists());
+        }
+        let slots = named_slots(&file, slots)?;
+        {
+            let (parent, file) = (self.common.paths.tenant(tenant), file.clone());
+            blocking(move || make_repository(&parent, &home, &file, &slots)).await?;
+        }
+        let number = self.common.catalog.add_repository(tenant, &file).await?.ok_or_else(exists)?;
+        let row = RepositoryRow { number, tenant: tenant.clone(), id: file.id };
+        let repository = Arc::new(Repository::open(Arc::clone(&self.common), row, file).await?);
+        self.repositories.write().insert(key, Entry::Open(Arc::clone(&repository)));
+        Ok(repository)
+    }
+
+    /// A tenant's repository by name.
+    #[expect(clippy::unused_async, reason = "a cluster's engine asks its database here")]
+    pub async fn repository(&self, tenant: &TenantName, name: &RepositoryName) -> Result<Arc<Repository>, EngineError> {
+        match self.repositories.read().get(&(tenant.clone(), name.clone())) {
+            Some(Entry::Open(repository)) => Ok(Arc::clone(repository)),
+            Some(Entry::Unusable(reason)) => Err(EngineError::Unusable { name: name.clone(), reason: Arc::clone(reason) }),
+            None => Err(EngineError::NoSuchRepository { tenant: tenant.clone(), name: name.clone() }),
+        }
+    }
+
+    /// A tenant's usable repositories by name.
+    #[expect(clippy::unused_async, reason = "a cluster's engine asks its database here")]
+    pub async fn repositories(&self, tenant: &TenantName) -> Result<Vec<RepositoryV1>, EngineError> {
+        let known = self.repositories.read();
+        let mine = known.iter().filter(|((owner, _), _)| owner == tenant);
+        let mut files: Vec<RepositoryV1> = mine
+            .filter_map(|(_, entry)| match entry {
+                Entry::Open(repository) => Some(repository.file().clone()),
+                Entry::Unusable(_) => None,
+            })
+            .collect();
+        files.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok(files)
+    }
+
+    /// Free space of the file system that holds the data directory, bytes; zero if it cannot be told.
+    pub async fn free_bytes(&self) -> u64 {
+        let root = self.common.paths.root().to_path_buf();
+        let free = blocking(move || {
+            let stat = rustix::fs::statvfs(&root).map_err(|error| StorageError::io("measure", &root)(error.into()))?;
+            Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
+        });
+        free.await.unwrap_or(0)
+    }
+
+    /// Writes everything out and lets go of the directory. Blocks that are still queued are stored first; sessions stay open
+    /// and can be resumed after the next start. Packs are sealed, because the next start would have to scan them to seal them.
+    pub async fn close(&self) -> Result<(), EngineError> {
+        let open: Vec<Arc<Repository>> = {
+            let mut known = self.repositories.write();
+            known.drain().filter_map(|(_, entry)| match entry {
+                Entry::Open(repository) => Some(repository),
+                Entry::Unusable(_) => None,
+            }).collect()
+        };
+        let mut first_error = None;
+        for repository in open {
+            if let Err(error) = repository.close().await {
+                tracing::error!(repository = %repository.file().name, %error, "a repository was not closed cleanly; the next start recovers it");
+                first_error.get_or_insert(error);
+            }
+        }
+        let catalog = self.common.catalog.close().await;
+        self.common.lock.release();
+        match first_error {
+            Some(error) => Err(error),
+            None => Ok(catalog?),
+        }
+    }
+}
+
+/// Runs blocking work on a thread for it.
+pub(crate) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T, EngineError> + Send + 'static) -> Result<T, EngineError> {
+    tokio::task::spawn_blocking(work).await.map_err(|error| EngineError::Interrupted { reason: error.to_string() })?
+}
+
+/// Reads the repositories off the storage, which is the truth, and gives those without a row one.
+async fn find_repositories(common: &Common) -> Result<Vec<(RepositoryRow, RepositoryV1)>, EngineError> {
+    let storage = common.paths.storage();
+    let found = blocking(move || list_repositories(&storage)).await?;
+    let rows = common.catalog.repositories().await?;
+    let mut repositories = Vec::new();
+    for (tenant, file) in found {
+        let row = rows.iter().find(|row| row.tenant == tenant && row.id == file.id);
+        let number = match row {
+            Some(row) => Some(row.number),
+            None => common.catalog.add_repository(&tenant, &file).await?,
+        };
+        match number {
+            Some(number) => repositories.push((RepositoryRow { number, tenant, id: file.id }, file)),
+            None => tracing::error!(%tenant, repository = %file.name, id = %file.id, "two repositories have one name; this one is not served"),
+        }
+    }
+    for row in rows.iter().filter(|row| !repositories.iter().any(|(found, _)| found.number == row.number)) {
+        tracing::error!(tenant = %row.tenant, id = %row.id, "a repository of the catalog is missing from the storage");
+    }
+    Ok(repositories)
+}
+
+fn list_repositories(storage: &Path) -> Result<Vec<(TenantName, RepositoryV1)>, EngineError> {
+    let mut found = Vec::new();
+    for (name, directory) in subdirectories(storage)? {
+        let Ok(tenant) = name.parse::<TenantName>() else { continue };
+        files::remove_temporaries(&directory)?;
+        for (_, home) in subdirectories(&directory)? {
+            let path = RepositoryPaths::new(home).file();
+            let file = files::read_small(&path, REPOSITORY_FILE_BYTES_MAX).and_then(|bytes| {
+                bytes.map(|bytes| RepositoryV1::decode(&bytes).map_err(StorageError::format(&path))).transpose()
+            });
+            match file {
+                Ok(Some(file)) => found.push((tenant.clone(), file)),
+                Ok(None) => {}
+                Err(error) => tracing::error!(%tenant, %error, "a repository is not served"),
+            }
+        }
+    }
+    Ok(found)
+}
+
+fn subdirectories(path: &Path) -> Result<Vec<(String, PathBuf)>, EngineError> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(path).map_err(StorageError::io("list", path))? {
+        let entry = entry.map_err(StorageError::io("list", path))?;
+        if entry.path().is_dir() {
+            found.push((entry.file_name().to_string_lossy().into_owned(), entry.path()));
+        }
+    }
+    found.sort();
+    Ok(found)
+}
+
+type NamedSlots = Vec<(String, Vec<u8>)>;
+
+fn named_slots(file: &RepositoryV1, slots: Vec<Vec<u8>>) -> Result<NamedSlots, EngineError> {
+    let refused = |reason: &str| EngineError::BadSlot { reason: reason.to_owned() };
+    if slots.len() > limits::KEY_SLOTS_MAX {
+        return Err(refused("there are too many"));
+    }
+    let mut named = NamedSlots::new();
+    for bytes in slots {
+        let slot = KeySlotV1::decode(&bytes).map_err(|error| refused(&error.to_string()))?;
+        if slot.repository != file.id {
+            return Err(refused("one belongs to another repository"));
+        }
+        named.push((data_encoding::HEXLOWER.encode(&slot.id), bytes));
+    }
+    Ok(named)
+}
+
+fn make_repository(parent: &Path, home: &RepositoryPaths, file: &RepositoryV1, slots: &NamedSlots) -> Result<(), EngineError> {
+    files::create_directory(parent)?;
+    let unfinished = parent.join(format!("{}{}", files::TEMPORARY_PREFIX, file.id));
+    let making = RepositoryPaths::new(unfinished.clone());
+    for directory in [making.keys(), making.packs(), making.snapshots(), making.index()] {
+        files::create_directory(&directory)?;
+    }
+    for (name, bytes) in slots {
+        files::write_atomically(&making.keys().join(name), bytes)?;
+    }
+    files::write_atomically(&making.file(), &file.encode())?;
+    fs::rename(&unfinished, home.root()).map_err(StorageError::io("name", home.root()))?;
+    Ok(files::sync_directory(parent)?)
+}

@@ -1,0 +1,101 @@
+//! What can go wrong in the engine.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use strandline_messages::{RepositoryName, SessionId, TenantName};
+
+use crate::catalog::CatalogError;
+use crate::index::IndexError;
+use crate::storage::StorageError;
+
+/// Why the engine did not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum EngineError {
+    /// Another process owns the data directory.
+    #[error("{path} is in use by {holder}; nothing was changed; wait for it to end or raise --lock-wait", path = .path.display())]
+    Locked {
+        /// The data directory.
+        path: PathBuf,
+        /// Who holds it.
+        holder: String,
+    },
+    /// The tenant has no repository of that name.
+    #[error("there is no repository `{name}`; see `strand-server repository list`, or create it with `strand init`")]
+    NoSuchRepository {
+        /// The tenant.
+        tenant: TenantName,
+        /// The name.
+        name: RepositoryName,
+    },
+    /// The tenant has a repository of that name or id.
+    #[error("the repository `{name}` exists already; nothing was changed; use it, or choose another name")]
+    AlreadyExists {
+        /// The tenant.
+        tenant: TenantName,
+        /// The name.
+        name: RepositoryName,
+    },
+    /// The repository could not be opened when the server started.
+    #[error("the repository `{name}` cannot be used: {reason}; its files were left as they are; remove the cause and restart the server")]
+    Unusable {
+        /// The name.
+        name: RepositoryName,
+        /// What was met.
+        reason: Arc<EngineError>,
+    },
+    /// A key slot is not one of this repository's.
+    #[error("the repository was not created: a key slot is not acceptable: {reason}; nothing was stored")]
+    BadSlot {
+        /// Why.
+        reason: String,
+    },
+    /// The session does not hold its lease any more.
+    #[error("session {session} has ended or was superseded; what it stored is safe; start the backup again")]
+    Fenced {
+        /// The session.
+        session: SessionId,
+    },
+    /// The session id was used before.
+    #[error("session {session} was opened before; nothing was changed; a session id is used once")]
+    SessionExists {
+        /// The session.
+        session: SessionId,
+    },
+    /// Commit and maintenance kept overtaking each other.
+    #[error("the snapshot was not committed: maintenance changed the repository {attempts} times while it was checked; everything sent is safe; commit again")]
+    Busy {
+        /// How often it was tried.
+        attempts: usize,
+    },
+    /// A worker thread was lost.
+    #[error("an internal task ended early ({reason}); what was acknowledged is safe; try again")]
+    Interrupted {
+        /// What the runtime said.
+        reason: String,
+    },
+    /// The system has no random numbers, or the signing key is unusable.
+    #[error("the server's signing key cannot be used: {reason}; stored backups are intact")]
+    Key {
+        /// Why.
+        reason: String,
+    },
+    /// The storage failed.
+    #[error(transparent)]
+    Storage(StorageError),
+    /// The chunk index failed.
+    #[error(transparent)]
+    Index(#[from] IndexError),
+    /// The catalog failed.
+    #[error(transparent)]
+    Catalog(#[from] CatalogError),
+}
+
+impl From<StorageError> for EngineError {
+    fn from(error: StorageError) -> Self {
+        match error {
+            StorageError::Locked { path, holder } => Self::Locked { path, holder },
+            other => Self::Storage(other),
+        }
+    }
+}

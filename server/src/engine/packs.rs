@@ -1,0 +1,206 @@
+//! What a start does with a repository's packs: recovers those without footer and brings the index up to them.
+//!
+//! The index is caught up from footers and chunk tables alone; bodies are read only where a pack has to be scanned. A table
+//! that rotted can at worst hide a chunk, which is then sent again: the digest is compared whenever a block is read.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::sync::Arc;
+
+use strandline_messages::format::FormatError;
+use strandline_messages::format::block::{BlockHeaderV1, FIXED_HEADER_BYTES, TableRows};
+use strandline_messages::format::pack::FooterEntry;
+use strandline_messages::{ChunkId, ChunkKind, DomainId, RepositoryId};
+
+use super::state::TreeBlock;
+use super::{Common, EngineError};
+use crate::index::engine::SegmentIndex;
+use crate::index::{ChunkIndex, Copy, IndexError};
+use crate::storage::layout::{RepositoryPaths, pack_number};
+use crate::storage::pack_file::{self, PackContents, PackInfo};
+use crate::storage::{StorageError, files};
+
+/// A repository's packs and index after recovery.
+#[derive(Debug)]
+pub(crate) struct Recovered {
+    pub packs: Vec<PackInfo>,
+    pub index: SegmentIndex,
+    pub next_pack: u32,
+    /// Tree blocks that the index did not hold, or whose flags a crash may have lost, in the order of packs.
+    pub trees: Vec<(DomainId, TreeBlock)>,
+}
+
+/// Recovers every pack of a repository and catches its index up. `rows` is what the catalog remembers of the packs.
+pub(crate) fn recover(common: &Common, paths: &RepositoryPaths, repository: RepositoryId, rows: &HashMap<u32, PackInfo>) -> Result<Recovered, EngineError> {
+    for directory in [paths.packs(), paths.snapshots(), paths.keys(), paths.index()] {
+        files::create_directory(&directory)?;
+        files::remove_temporaries(&directory)?;
+    }
+    let (numbers, next_pack) = list_packs(paths)?;
+    let mut packs = BTreeMap::new();
+    let mut scanned = HashMap::new();
+    for number in numbers {
+        match open_pack(common, paths, repository, number, rows.get(&number))? {
+            None => {}
+            Some(Opened::Known(info)) => {
+                packs.insert(number, info);
+            }
+            Some(Opened::Scanned(contents)) => {
+                packs.insert(number, contents.info);
+                scanned.insert(number, contents);
+            }
+        }
+    }
+    let (index, trees) = match catch_up(common, paths, repository, &packs, &scanned, false) {
+        Err(EngineError::Index(error @ IndexError::Damaged { .. })) => {
+            tracing::warn!(%error, "the chunk index is built again from the packs");
+            catch_up(common, paths, repository, &packs, &scanned, true)?
+        }
+        other => other?,
+    };
+    Ok(Recovered { packs: packs.into_values().collect(), index, next_pack, trees })
+}
+
+/// The numbers of the packs, ascending, and the next one to use; a number is never used twice.
+fn list_packs(paths: &RepositoryPaths) -> Result<(Vec<u32>, u32), EngineError> {
+    let directory = paths.packs();
+    let mut numbers = Vec::new();
+    let mut next = 1;
+    for entry in fs::read_dir(&directory).map_err(StorageError::io("list", &directory))? {
+        let name = entry.map_err(StorageError::io("list", &directory))?.file_name();
+        let Some((number, extension)) = name.to_str().and_then(pack_number) else { continue };
+        next = next.max(number.saturating_add(1));
+        if extension == "pack" {
+            numbers.push(number);
+        }
+    }
+    numbers.sort_unstable();
+    Ok((numbers, next))
+}
+
+enum Opened {
+    Known(PackInfo),
+    Scanned(PackContents),
+}
+
+fn open_pack(common: &Common, paths: &RepositoryPaths, repository: RepositoryId, number: u32, row: Option<&PackInfo>) -> Result<Option<Opened>, EngineError> {
+    let path = paths.pack(number);
+    let file_bytes = fs::metadata(&path).map_err(StorageError::io("open", &path))?.len();
+    if let Some(row) = row
+        && row.sealed
+        && row.file_bytes == file_bytes
+    {
+        return Ok(Some(Opened::Known(*row)));
+    }
+    let file = File::options().read(true).write(true).open(&path).map_err(StorageError::io("open", &path))?;
+    let domain = match pack_file::read_header(&file, &path) {
+        Ok(header) if header.repository == repository && header.number == number => header.domain,
+        Err(error @ StorageError::Io { .. }) => return Err(error.into()),
+        _ => match row {
+            Some(row) => row.domain,
+            None => {
+                set_aside(paths, number)?;
+                return Ok(None);
+            }
+        },
+    };
+    if pack_file::read_footer(&file, &path)?.is_some() {
+        let contents = pack_file::contents(&file, &path, number, domain, repository)?;
+        return Ok(Some(Opened::Known(contents.info)));
+    }
+    let contents = pack_file::recover(common.ops.as_ref(), &file, &path, number, domain, repository)?;
+    Ok(Some(Opened::Scanned(contents)))
+}
+
+/// A pack whose header cannot be read belongs to no domain. A crash leaves one while nothing in it is acknowledged yet.
+fn set_aside(paths: &RepositoryPaths, number: u32) -> Result<(), EngineError> {
+    let (from, to) = (paths.pack(number), paths.damaged_pack(number));
+    tracing::warn!(path = %to.display(), "a pack without a readable header was set aside");
+    fs::rename(&from, &to).map_err(StorageError::io("rename", &from))?;
+    Ok(files::sync_directory(&paths.packs())?)
+}
+
+type CaughtUp = (SegmentIndex, Vec<(DomainId, TreeBlock)>);
+
+fn catch_up(
+    common: &Common,
+    paths: &RepositoryPaths,
+    repository: RepositoryId,
+    packs: &BTreeMap<u32, PackInfo>,
+    scanned: &HashMap<u32, PackContents>,
+    anew: bool,
+) -> Result<CaughtUp, EngineError> {
+    let directory = paths.index();
+    let open = if anew { SegmentIndex::anew } else { SegmentIndex::open };
+    let index = open(&directory, Arc::clone(&common.cache), common.sizes.index_flush_entries)?;
+    let fits = |&pack: &u32| packs.get(&pack).is_some_and(|info| index.covered(pack) <= info.blocks_end);
+    if !index.covered_packs().iter().all(fits) {
+        return Err(IndexError::damaged(&directory, "it covers packs that are not there").into());
+    }
+    let mut trees = Vec::new();
+    for info in packs.values() {
+        let covered = index.covered(info.number);
+        let scan = scanned.get(&info.number);
+        if covered >= info.blocks_end && scan.is_none() {
+            continue;
+        }
+        let path = paths.pack(info.number);
+        let file = File::open(&path).map_err(StorageError::io("open", &path))?;
+        let blocks = match scan {
+            Some(contents) => contents.blocks.clone(),
+            None => pack_file::contents(&file, &path, info.number, info.domain, repository)?.blocks,
+        };
+        for block in &blocks {
+            if block.offset >= covered {
+                insert_block(&index, info, &file, &path, block)?;
+            }
+            if block.kind == ChunkKind::Tree {
+                let (pack, offset, bytes) = (info.number, block.offset, block.bytes);
+                trees.push((info.domain, TreeBlock { sequence: trees.len() as u64, pack, offset, bytes }));
+            }
+        }
+        if covered < info.blocks_end {
+            index.insert(info.domain, info.number, info.blocks_end, &[])?;
+        }
+    }
+    Ok((index, trees))
+}
+
+fn insert_block(index: &SegmentIndex, info: &PackInfo, file: &File, path: &Path, block: &FooterEntry) -> Result<(), EngineError> {
+    let ids = match read_ids(file, block).map_err(StorageError::io("read", path))? {
+        Ok(ids) => ids,
+        Err(error) => {
+            tracing::error!(pack = info.number, offset = block.offset, %error, "a block is damaged and is not indexed; the next backup of that data sends it again");
+            return Ok(());
+        }
+    };
+    let copy = |position| Copy {
+        pack: info.number,
+        offset: block.offset,
+        bytes: block.bytes,
+        position,
+        kind: block.kind,
+        complete: false,
+    };
+    let copies: Vec<(ChunkId, Copy)> = (0u16..).zip(ids).map(|(position, id)| (id, copy(position))).collect();
+    let end = block.offset.saturating_add(block.bytes);
+    Ok(index.insert(info.domain, info.number, end, &copies)?)
+}
+
+/// Reads header and chunk table of a block, not its body.
+fn read_ids(file: &File, block: &FooterEntry) -> std::io::Result<Result<Vec<ChunkId>, FormatError>> {
+    let mut fixed = [0; FIXED_HEADER_BYTES];
+    file.read_exact_at(&mut fixed, block.offset.into())?;
+    let header = match BlockHeaderV1::decode(&fixed) {
+        Ok(header) if header.block_bytes() == block.bytes as usize && header.kind == block.kind => header,
+        Ok(_) => return Ok(Err(FormatError::Invalid { what: "block", why: "it is not the one its pack lists" })),
+        Err(error) => return Ok(Err(error)),
+    };
+    let mut table = vec![0; header.table_bytes as usize];
+    let at = u64::from(block.offset) + FIXED_HEADER_BYTES as u64 + u64::from(header.wrapped_key_bytes);
+    file.read_exact_at(&mut table, at)?;
+    let rows = TableRows::new(header.kind, header.chunks, &table);
+    Ok(rows.map(|row| row.map(|row| row.id)).collect())
+}

@@ -1,0 +1,337 @@
+//! One open repository: sessions, queries, blocks in, snapshots, blocks out.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use strandline_actors::runtime::clock;
+use strandline_messages::format::block::BlockView;
+use strandline_messages::format::repository::RepositoryV1;
+use strandline_messages::{
+    AgentId, ChunkId, ChunkKind, DomainId, Durable, Sequence, SessionId, SnapshotId, limits,
+};
+
+use super::completeness::{flag_trees, flag_unordered_trees};
+use super::known::{BlockState, BlockStates, is_known};
+use super::state::State;
+use super::{Common, EngineError, Lease, Opened, SessionEnd, SessionRow, StoreError, blocking, commit, packs};
+use crate::catalog::repositories::{BlockPlace, RepositoryRow};
+use crate::catalog::sessions::NewSession;
+use crate::catalog::snapshots::SnapshotRow;
+use crate::storage::pack_writer::{NewBlock, PackSink, PackWriter};
+use crate::storage::{StorageError, files};
+
+/// Where a chunk lies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct BlockAddress {
+    /// The pack's number.
+    pub pack: u32,
+    /// Where the block begins in it, bytes.
+    pub offset: u32,
+    /// The block's length, bytes.
+    pub bytes: u32,
+    /// The chunk's place in the block's table.
+    pub position: u16,
+}
+
+/// What became of a commit.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum CommitOutcome {
+    /// The snapshot is there.
+    Committed {
+        /// Its id.
+        snapshot: SnapshotId,
+        /// The encoded, signed receipt.
+        receipt: Vec<u8>,
+    },
+    /// Chunks are not known.
+    Missing {
+        /// Which, at most `limits::MISSING_IDS_MAX`.
+        ids: Vec<ChunkId>,
+        /// Whether there may be others.
+        more: bool,
+    },
+    /// The manifest is not acceptable, now or later.
+    Refused {
+        /// Why, for people.
+        reason: String,
+    },
+}
+
+/// Sizes of a repository, for `status`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Totals {
+    /// Packs.
+    pub packs: u64,
+    /// Blocks in them.
+    pub blocks: u64,
+    /// Their length, bytes.
+    pub stored_bytes: u64,
+    /// Copies of chunks in the index; those whose flag changed may count twice for a while.
+    pub chunks: u64,
+    /// Snapshots.
+    pub snapshots: u64,
+}
+
+/// An open repository. Lives until the engine is closed; afterwards its methods answer with errors.
+#[derive(Debug)]
+pub struct Repository {
+    // The writer's thread holds the state too; it is joined when the writer is dropped.
+    writer: Arc<PackWriter>,
+    state: Arc<State>,
+}
+
+impl Repository {
+    pub(super) async fn open(common: Arc<Common>, row: RepositoryRow, file: RepositoryV1) -> Result<Self, EngineError> {
+        let paths = common.paths.repository(&row.tenant, &file.id);
+        let rows = common.catalog.packs(row.number).await?;
+        let states = BlockStates::new(common.catalog.block_states(row.number).await?);
+        let recovered = {
+            let (common, paths, id) = (Arc::clone(&common), paths.clone(), file.id);
+            let rows = rows.clone();
+            blocking(move || packs::recover(&common, &paths, id, &rows)).await?
+        };
+        let (ops, options) = (Arc::clone(&common.ops), common.writer);
+        let id = file.id;
+        let state = State::new(common, row, file, paths.clone(), Box::new(recovered.index), states);
+        let state = Arc::new(state);
+        for pack in recovered.packs {
+            if rows.get(&pack.number) == Some(&pack) { state.pack_known(pack) } else { state.pack_changed(pack) }
+        }
+        {
+            let state = Arc::clone(&state);
+            blocking(move || flag_recovered(&state, recovered.trees)).await?;
+        }
+        let sink: Arc<dyn PackSink> = Arc::clone(&state) as Arc<dyn PackSink>;
+        let writer = Arc::new(PackWriter::new(ops, paths, id, recovered.next_pack, options, sink));
+        let repository = Self { writer, state };
+        repository.record_packs().await?;
+        commit::restore_rows(&repository.state).await?;
+        Ok(repository)
+    }
+
+    /// The repository file.
+    pub fn file(&self) -> &RepositoryV1 {
+        &self.state.file
+    }
+
+    /// The encoded key slots, by name.
+    pub async fn slots(&self) -> Result<Vec<Vec<u8>>, EngineError> {
+        let state = Arc::clone(&self.state);
+        blocking(move || {
+            let directory = state.paths.keys();
+            let failed = || StorageError::io("list", &directory);
+            let entries = std::fs::read_dir(&directory).map_err(failed())?;
+            let mut paths = Vec::new();
+            for entry in entries {
+                paths.push(entry.map_err(failed())?.path());
+            }
+            paths.sort();
+            let mut slots = Vec::new();
+            for path in paths.into_iter().take(limits::KEY_SLOTS_MAX) {
+                slots.extend(files::read_small(&path, limits::KEY_SLOT_BYTES_MAX)?);
+            }
+            Ok(slots)
+        })
+        .await
+    }
+
+    /// Opens a session of `agent` that writes in `domain`. One transaction: if the session that it resumes has committed, its
+    /// receipt is the answer; if that session is open, it ends as failed and its epoch moves to the new session's lease.
+    /// A session to resume that is not one of this agent, domain and repository is ignored.
+    pub async fn open_session(
+        &self,
+        session: SessionId,
+        agent: AgentId,
+        domain: DomainId,
+        resume_of: Option<SessionId>,
+    ) -> Result<Opened, EngineError> {
+        let catalog = &self.state.common.catalog;
+        let tenant = self.state.tenant.as_str();
+        let (repository, now_ns) = (self.state.number, clock::wall_ns());
+        let new = NewSession { repository, tenant, session, agent, domain, resume_of, now_ns };
+        if catalog.session_exists(&session).await? {
+            return Err(EngineError::SessionExists { session });
+        }
+        let (opened, superseded) = catalog.open_session(new).await?;
+        if let Opened::Fresh(lease) = &opened {
+            self.state.admit(lease);
+        }
+        if let Some(old) = superseded {
+            self.flag_and_dismiss(old, domain).await?;
+        }
+        Ok(opened)
+    }
+
+    /// Which of `ids` are known to the session, in their order.
+    pub async fn known(&self, lease: &Lease, ids: Vec<ChunkId>) -> Result<Vec<bool>, EngineError> {
+        self.state.assert_current(lease)?;
+        let (state, lease) = (Arc::clone(&self.state), lease.clone());
+        blocking(move || known(&state, &lease, &ids, None)).await
+    }
+
+    /// Stores a block of the session: verifies format, repository and digest, and resolves when the block is durable and
+    /// indexed. A block all of whose chunks are known is confirmed without being stored. Waits while the queue is full.
+    pub async fn store(&self, lease: &Lease, sequence: Sequence, block: Bytes) -> Result<Durable<Sequence>, StoreError> {
+        let fenced = |_| StoreError::Fenced { session: lease.session };
+        self.state.assert_current(lease).map_err(fenced)?;
+        let verified = {
+            let (state, lease) = (Arc::clone(&self.state), lease.clone());
+            let verify = move || verify(&state, &lease, sequence, block);
+            tokio::task::spawn_blocking(verify).await.map_err(|_| StoreError::Closed)??
+        };
+        match verified {
+            None => Ok(self.writer.confirm_known(sequence)),
+            Some(block) => self.writer.store(block).await,
+        }
+    }
+
+    /// Asks for everything queued to be made durable now.
+    pub fn flush(&self) {
+        self.writer.flush();
+    }
+
+    /// Commits a snapshot. The session's blocks must have been confirmed. The same manifest again has the same receipt.
+    pub async fn commit(&self, lease: &Lease, manifest: Bytes) -> Result<CommitOutcome, EngineError> {
+        let outcome = commit::commit(&self.state, lease, manifest).await?;
+        if matches!(outcome, CommitOutcome::Committed { .. }) {
+            self.record_packs().await?;
+        }
+        Ok(outcome)
+    }
+
+    /// Ends a session that did not commit, and its lease. Of a session that has ended nothing changes. What it stored stays,
+    /// and its trees that are complete are flagged, so that the next session need not send them.
+    pub async fn end_session(&self, lease: &Lease, end: SessionEnd, reason: &str) -> Result<(), EngineError> {
+        if self.state.assert_current(lease).is_ok() {
+            self.flag_and_dismiss(lease.session, lease.domain).await?;
+        }
+        let reason = reason.get(..reason.floor_char_boundary(limits::TEXT_BYTES_MAX)).unwrap_or_default();
+        self.state.common.catalog.end_session(&lease.session, lease.fence, end, reason, clock::wall_ns()).await?;
+        self.record_packs().await
+    }
+
+    /// The leases of sessions that are open in the catalog, those of before a restart among them. Such a session can be
+    /// resumed by its agent or ended by [`Repository::end_session`].
+    pub async fn open_leases(&self) -> Result<Vec<Lease>, EngineError> {
+        Ok(self.state.common.catalog.open_leases(self.state.number).await?)
+    }
+
+    /// The newest `limit` sessions, newest first.
+    pub async fn sessions(&self, limit: usize) -> Result<Vec<SessionRow>, EngineError> {
+        Ok(self.state.common.catalog.sessions(self.state.number, limit).await?)
+    }
+
+    /// Up to `limit` snapshots after place `after_order` in the order of commits: place, manifest, receipt.
+    pub async fn snapshots(&self, after_order: u64, limit: usize) -> Result<Vec<SnapshotRow>, EngineError> {
+        Ok(self.state.common.catalog.snapshots(self.state.number, after_order, limit).await?)
+    }
+
+    /// Where the chunks of a domain lie; a live copy before a condemned one. `None`: there is no copy that can be read.
+    pub async fn locate(&self, domain: DomainId, ids: &[ChunkId]) -> Result<Vec<Option<BlockAddress>>, EngineError> {
+        let (state, ids) = (Arc::clone(&self.state), ids.to_vec());
+        blocking(move || {
+            let found = state.index.find(domain, &ids)?;
+            let states = state.blocks.blocking_read();
+            let rank = |block| match block {
+                BlockState::Live => Some(0),
+                BlockState::Condemned { .. } => Some(1),
+                BlockState::Freeing | BlockState::Freed | BlockState::Withdrawn => None,
+            };
+            let best = |at| {
+                let copies = found.copies(at).filter_map(|copy| Some((rank(states.of(copy.pack, copy.offset))?, copy)));
+                let (_, copy) = copies.min_by_key(|(rank, _)| *rank)?;
+                Some(BlockAddress { pack: copy.pack, offset: copy.offset, bytes: copy.bytes, position: copy.position })
+            };
+            Ok((0..ids.len()).map(best).collect())
+        })
+        .await
+    }
+
+    /// The block at `address`, its digest verified.
+    pub async fn read_block(&self, address: BlockAddress) -> Result<Bytes, EngineError> {
+        let state = Arc::clone(&self.state);
+        blocking(move || Ok(state.reader.read_block(address.pack, address.offset, address.bytes)?)).await
+    }
+
+    /// Sizes, for `status`.
+    pub async fn totals(&self) -> Result<Totals, EngineError> {
+        let (packs, blocks, stored_bytes) = self.state.pack_totals();
+        let chunks = self.state.index.entries();
+        let snapshots = self.state.common.catalog.snapshot_count(self.state.number).await?;
+        Ok(Totals { packs, blocks, stored_bytes, chunks, snapshots })
+    }
+
+    /// Publishes what became of blocks, and takes the complete flag off the tree chunks `unflag`: one catalog transaction, and
+    /// no query or check in between sees half of it. `Condemned` gets the current epoch, which is returned and then passes.
+    pub async fn publish_block_states(&self, changes: Vec<(BlockPlace, BlockState)>, unflag: Vec<ChunkId>) -> Result<u64, EngineError> {
+        self.state.publish_block_states(changes, unflag).await
+    }
+
+    pub(super) async fn close(&self) -> Result<(), EngineError> {
+        let (writer, state) = (Arc::clone(&self.writer), Arc::clone(&self.state));
+        blocking(move || {
+            writer.close();
+            Ok(state.index.close()?)
+        })
+        .await?;
+        self.record_packs().await
+    }
+
+    async fn record_packs(&self) -> Result<(), EngineError> {
+        let packs = self.state.take_changed_packs();
+        let recorded = self.state.common.catalog.record_packs(self.state.number, &packs).await;
+        if recorded.is_err() {
+            packs.into_iter().for_each(|pack| self.state.pack_stale(pack.number));
+        }
+        Ok(recorded?)
+    }
+
+    async fn flag_and_dismiss(&self, session: SessionId, domain: DomainId) -> Result<(), EngineError> {
+        let state = Arc::clone(&self.state);
+        blocking(move || flag_trees(&state, domain, state.dismiss(&session)).map(|_| ())).await
+    }
+}
+
+fn flag_recovered(state: &State, trees: Vec<(DomainId, super::state::TreeBlock)>) -> Result<(), EngineError> {
+    let mut by_domain = std::collections::BTreeMap::<DomainId, Vec<_>>::new();
+    for (domain, tree) in trees {
+        by_domain.entry(domain).or_default().push(tree);
+    }
+    by_domain.into_iter().try_for_each(|(domain, trees)| flag_unordered_trees(state, domain, trees))
+}
+
+/// Which of `ids` are known, as chunks of `kind` if one is given.
+fn known(state: &State, lease: &Lease, ids: &[ChunkId], kind: Option<ChunkKind>) -> Result<Vec<bool>, EngineError> {
+    let found = state.index.find(lease.domain, ids)?;
+    let states = state.blocks.blocking_read();
+    let mut known = vec![false; ids.len()];
+    for (at, copy) in found.rows() {
+        if let Some(known) = known.get_mut(*at as usize) {
+            let right_kind = kind.is_none_or(|kind| kind == copy.kind);
+            *known |= right_kind && is_known(states.copy(copy), Some(lease.epoch));
+        }
+    }
+    Ok(known)
+}
+
+/// Checks a block; `None` if it need not be stored.
+fn verify(state: &State, lease: &Lease, sequence: Sequence, bytes: Bytes) -> Result<Option<NewBlock>, StoreError> {
+    let (header, digest, ids) = {
+        let view = BlockView::parse(&bytes)?;
+        let (found, expected) = (view.header.repository, state.file.id);
+        if found != expected {
+            return Err(StoreError::Foreign { found, expected });
+        }
+        let digest = view.verify_digest()?;
+        let ids = view.rows().map(|row| row.map(|row| row.id)).collect::<Result<Vec<_>, _>>()?;
+        (view.header, digest, ids)
+    };
+    if header.kind == ChunkKind::Tree && state.has_tree_block(&lease.session, sequence) {
+        return Ok(None);
+    }
+    let known = known(state, lease, &ids, Some(header.kind)).map_err(|error| StoreError::Index { reason: error.to_string().into() })?;
+    if known.iter().all(|&known| known) {
+        return Ok(None);
+    }
+    Ok(Some(NewBlock { bytes, header, digest, domain: lease.domain, session: lease.session, sequence, ids }))
+}

@@ -1,0 +1,168 @@
+//! The file operations on which durability rests, behind a trait so that a test can fail or record each of them, and the one
+//! helper that writes small files.
+
+use std::fs::{self, File};
+use std::io::{self, IoSlice, Write};
+use std::path::Path;
+
+use bytes::Bytes;
+
+use super::StorageError;
+
+/// Most parts of one vectored write (Linux `IOV_MAX`).
+const WRITE_PARTS_MAX: usize = 1024;
+
+/// What the pack writer does to files. The system's implementation is [`SystemFiles`].
+pub trait FileOps: Send + Sync + std::fmt::Debug {
+    /// Creates a file that must not exist yet, for reading and writing.
+    fn create(&self, path: &Path) -> io::Result<File>;
+    /// Writes all `parts`, one after another, from `offset` (bytes) on.
+    fn write_at(&self, file: &File, path: &Path, parts: &[Bytes], offset: u64) -> io::Result<()>;
+    /// Makes the file's bytes durable (`fdatasync`).
+    fn sync(&self, file: &File, path: &Path) -> io::Result<()>;
+    /// Makes the names in a directory durable.
+    fn sync_directory(&self, path: &Path) -> io::Result<()>;
+}
+
+/// The operating system's files.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct SystemFiles;
+
+impl FileOps for SystemFiles {
+    fn create(&self, path: &Path) -> io::Result<File> {
+        File::options().read(true).write(true).create_new(true).open(path)
+    }
+
+    fn write_at(&self, file: &File, _path: &Path, parts: &[Bytes], mut offset: u64) -> io::Result<()> {
+        for group in parts.chunks(WRITE_PARTS_MAX) {
+            let mut slices: Vec<IoSlice<'_>> = group.iter().map(|part| IoSlice::new(part)).collect();
+            let mut rest = slices.as_mut_slice();
+            IoSlice::advance_slices(&mut rest, 0);
+            while !rest.is_empty() {
+                let written = match rustix::io::pwritev(file, rest, offset) {
+                    Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                    Ok(written) => written,
+                    Err(rustix::io::Errno::INTR) => continue,
+                    Err(error) => return Err(error.into()),
+                };
+                offset += written as u64;
+                IoSlice::advance_slices(&mut rest, written);
+            }
+        }
+        Ok(())
+    }
+
+    fn sync(&self, file: &File, _path: &Path) -> io::Result<()> {
+        file.sync_data()
+    }
+
+    fn sync_directory(&self, path: &Path) -> io::Result<()> {
+        File::open(path)?.sync_all()
+    }
+}
+
+/// Makes the names in `path` durable.
+pub fn sync_directory(path: &Path) -> Result<(), StorageError> {
+    SystemFiles.sync_directory(path).map_err(StorageError::io("sync", path))
+}
+
+/// Creates `path` and every missing directory above it; each new name is synced into its parent.
+pub fn create_directory(path: &Path) -> Result<(), StorageError> {
+    if path.is_dir() {
+        return Ok(());
+    }
+    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+    if let Some(parent) = parent {
+        create_directory(parent)?;
+    }
+    match fs::create_dir(path) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+        other => other.map_err(StorageError::io("create", path))?,
+    }
+    sync_directory(parent.unwrap_or(Path::new(".")))
+}
+
+/// Writes a whole small file so that a power cut leaves either the old one or the new one: temporary file in the same
+/// directory (mode 600), sync, rename, sync of the directory.
+pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<(), StorageError> {
+    let directory = path.parent().unwrap_or(Path::new("."));
+    let write = || -> io::Result<()> {
+        let mut file = tempfile::Builder::new().prefix(TEMPORARY_PREFIX).tempfile_in(directory)?;
+        file.write_all(bytes)?;
+        file.as_file().sync_all()?;
+        file.persist(path).map_err(|error| error.error)?;
+        Ok(())
+    };
+    write().map_err(StorageError::io("write", path))?;
+    sync_directory(directory)
+}
+
+/// How the names of unfinished files begin; [`remove_temporaries`] knows them by it.
+pub const TEMPORARY_PREFIX: &str = ".unfinished-";
+
+/// Removes what writers left unfinished in `directory` when their process died.
+pub fn remove_temporaries(directory: &Path) -> Result<(), StorageError> {
+    let failed = |error| StorageError::io("clean", directory)(error);
+    for entry in fs::read_dir(directory).map_err(failed)? {
+        let entry = entry.map_err(StorageError::io("clean", directory))?;
+        if entry.file_name().to_string_lossy().starts_with(TEMPORARY_PREFIX) {
+            let path = entry.path();
+            let removed = if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
+            removed.map_err(StorageError::io("remove", &path))?;
+        }
+    }
+    Ok(())
+}
+
+/// Reads a small file whole; one longer than `bytes_max` is refused before it is read. `None` if it does not exist.
+pub fn read_small(path: &Path, bytes_max: usize) -> Result<Option<Vec<u8>>, StorageError> {
+    match fs::metadata(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(StorageError::io("read", path)(error)),
+        Ok(metadata) if metadata.len() > bytes_max as u64 => {
+            let found = metadata.len();
+            let source = strandline_messages::format::FormatError::Limit { what: "file", found, max: bytes_max as u64 };
+            return Err(StorageError::format(path)(source));
+        }
+        Ok(_) => {}
+    }
+    fs::read(path).map(Some).map_err(StorageError::io("read", path))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_small_file_is_replaced_whole_and_leaves_no_temporary() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a/b/file");
+        create_directory(path.parent().unwrap()).unwrap();
+        write_atomically(&path, b"one").unwrap();
+        write_atomically(&path, b"two").unwrap();
+        assert_eq!(read_small(&path, 3).unwrap().unwrap(), b"two");
+        assert!(read_small(&path, 2).is_err());
+        assert_eq!(fs::read_dir(path.parent().unwrap()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn what_a_dead_writer_left_unfinished_is_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join(".unfinished-x"), b"x").unwrap();
+        fs::write(dir.path().join("kept"), b"x").unwrap();
+        remove_temporaries(dir.path()).unwrap();
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn many_parts_are_written_in_order() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("file");
+        let file = SystemFiles.create(&path).unwrap();
+        let parts: Vec<Bytes> = (0..3000u32).map(|i| Bytes::from(i.to_le_bytes().to_vec())).collect();
+        SystemFiles.write_at(&file, &path, &parts, 4).unwrap();
+        let read = fs::read(&path).unwrap();
+        assert_eq!(read.len(), 12_004);
+        assert_eq!(read[4 + 4 * 2999..], 2999u32.to_le_bytes());
+    }
+}

@@ -1,0 +1,82 @@
+//! Reads single blocks out of packs. Owns a bounded set of open pack files; every block that leaves it has had its digest
+//! compared.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use parking_lot::Mutex;
+use strandline_messages::format::FormatError;
+use strandline_messages::format::block::BlockView;
+use strandline_messages::limits;
+
+use super::StorageError;
+use super::layout::RepositoryPaths;
+
+/// Most pack files of one repository that are held open for reading.
+const OPEN_PACKS_MAX: usize = 64;
+
+/// Reads blocks of one repository.
+#[derive(Debug)]
+pub struct PackReader {
+    paths: RepositoryPaths,
+    open: Mutex<OpenPacks>,
+}
+
+#[derive(Debug, Default)]
+struct OpenPacks {
+    files: HashMap<u32, (Arc<File>, u64)>,
+    uses: u64,
+}
+
+impl PackReader {
+    /// Of the repository at `paths`.
+    pub fn new(paths: RepositoryPaths) -> Self {
+        Self { paths, open: Mutex::default() }
+    }
+
+    /// The block of `bytes` bytes at `offset` of pack `pack`, its digest verified. Blocks the calling thread.
+    pub fn read_block(&self, pack: u32, offset: u32, bytes: u32) -> Result<Bytes, StorageError> {
+        let damaged = |source| StorageError::Damaged { pack, offset, source };
+        if bytes as usize > limits::BLOCK_BYTES_MAX {
+            let max = limits::BLOCK_BYTES_MAX as u64;
+            return Err(damaged(FormatError::Limit { what: "block", found: bytes.into(), max }));
+        }
+        let file = self.file(pack)?;
+        let mut buffer = vec![0; bytes as usize];
+        match file.read_exact_at(&mut buffer, offset.into()) {
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
+                return Err(damaged(FormatError::Truncated { what: "block" }));
+            }
+            other => other.map_err(StorageError::io("read", &self.paths.pack(pack)))?,
+        }
+        BlockView::parse(&buffer).and_then(|view| view.verify_digest()).map_err(damaged)?;
+        Ok(buffer.into())
+    }
+
+    /// Closes the file of a pack that is about to go away.
+    pub fn forget(&self, pack: u32) {
+        self.open.lock().files.remove(&pack);
+    }
+
+    fn file(&self, pack: u32) -> Result<Arc<File>, StorageError> {
+        let mut guard = self.open.lock();
+        let open = &mut *guard;
+        open.uses += 1;
+        if let Some((file, used)) = open.files.get_mut(&pack) {
+            *used = open.uses;
+            return Ok(Arc::clone(file));
+        }
+        let path = self.paths.pack(pack);
+        let file = Arc::new(File::open(&path).map_err(StorageError::io("open", &path))?);
+        if open.files.len() >= OPEN_PACKS_MAX {
+            let oldest = open.files.iter().min_by_key(|(_, (_, used))| *used).map(|(&pack, _)| pack);
+            oldest.map(|pack| open.files.remove(&pack));
+        }
+        open.files.insert(pack, (Arc::clone(&file), open.uses));
+        Ok(file)
+    }
+}
