@@ -1,1 +1,3 @@
-//! Strandline.
+//! Strandline's agent.
+
+pub mod identity;
