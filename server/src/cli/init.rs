@@ -76,7 +76,7 @@ async fn describe_existing(data: &Path) -> String {
     match Authority::load(data) {
         Ok(authority) => {
             let expires = super::output::date(authority.expires_s().saturating_mul(1_000_000_000));
-            text.push_str(&format!("an authority valid until {expires}"));
+            text += &["an authority valid until ", &expires].concat();
         }
         Err(_) => text.push_str("no usable authority (pki/)"),
     }
@@ -87,7 +87,7 @@ async fn describe_existing(data: &Path) -> String {
     };
     match tenants.await {
         Some(names) if names.is_empty() => text.push_str(" and no tenants"),
-        Some(names) => text.push_str(&format!(" and {} tenants ({})", names.len(), shortened(&names))),
+        Some(names) => text += &[" and ", &names.len().to_string(), " tenants (", &shortened(&names), ")"].concat(),
         None => text.push_str(" and a catalog that cannot be read"),
     }
     text

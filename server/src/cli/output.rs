@@ -130,9 +130,9 @@ fn show_status(out: &mut dyn Write, status: &StatusReport) -> anyhow::Result<()>
     }
     writeln!(out, "authority      until {}", seconds(status.authority_expires_s))?;
     let tenants = status.tenants.iter().map(|tenant| format!("{} ({} agents)", tenant.name, tenant.agents));
-    writeln!(out, "tenants        {}", none_or(tenants.collect()))?;
+    writeln!(out, "tenants        {}", none_or(&tenants.collect::<Vec<_>>()))?;
     let states = status.sessions_by_state.iter().map(|(state, count)| format!("{count} {state}"));
-    writeln!(out, "sessions       {}; {} streams", none_or(states.collect()), status.streams)?;
+    writeln!(out, "sessions       {}; {} streams", none_or(&states.collect::<Vec<_>>()), status.streams)?;
     if !status.sessions.is_empty() {
         writeln!(out)?;
         let rows = status.sessions.iter().map(|session| {
@@ -164,7 +164,7 @@ fn show_status(out: &mut dyn Write, status: &StatusReport) -> anyhow::Result<()>
     Ok(())
 }
 
-fn none_or(items: Vec<String>) -> String {
+fn none_or(items: &[String]) -> String {
     if items.is_empty() { "none".to_owned() } else { items.join(", ") }
 }
 
