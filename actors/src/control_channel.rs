@@ -13,7 +13,7 @@ use actix::{
 };
 use futures_util::FutureExt;
 use strandline_messages::wire::{
-    Ack, Attach, Committed, Hello, Message, OpenSession, Ping, Purpose, RefusalCode, Refused, SessionOpened, Tag,
+    Ack, Attach, Committed, Hello, Message, OpenSession, Ping, Pong, Purpose, RefusalCode, Refused, SessionOpened, Tag,
 };
 use strandline_messages::{Incarnation, SessionId};
 use tokio::sync::oneshot;
@@ -281,7 +281,7 @@ impl ControlChannel {
             }
             (message, true) => self.answer(tag, message),
             (Message::Ping(ping), false) => {
-                let pong = strandline_messages::wire::Pong { stamp: ping.stamp, free_bytes: 0 };
+                let pong = Pong { stamp: ping.stamp };
                 self.send(tag, &Message::Pong(pong), ctx);
             }
             (Message::Retransmit(retransmit), false) => {

@@ -91,8 +91,7 @@ impl ControlHost {
     fn receive(&mut self, tag: Tag, message: Message, ctx: &mut Context<Self>) {
         match message {
             Message::Ping(ping) => {
-                let pong = Pong { stamp: ping.stamp, free_bytes: self.host.free_bytes() };
-                self.reply(tag, &Message::Pong(pong), ctx);
+                self.reply(tag, &Message::Pong(Pong { stamp: ping.stamp }), ctx);
             }
             Message::Pong(_) => {}
             Message::OpenSession(request) => self.open_session(tag, request, ctx),

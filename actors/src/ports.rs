@@ -105,8 +105,6 @@ pub trait Host: Send + Sync + 'static {
     ) -> BoxFuture<'static, Result<Opening, Refused>>;
     /// Answers a request that needs no session (repositories, snapshots, status). `None`: not such a request.
     fn answer(&self, peer: Peer, request: Message) -> BoxFuture<'static, Result<Message, Refused>>;
-    /// Free bytes of the storage.
-    fn free_bytes(&self) -> u64;
     /// Fresh random bytes.
     fn random(&self) -> [u8; 32];
 }

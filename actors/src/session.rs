@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use actix::{
@@ -69,10 +69,23 @@ pub struct Supersede;
 #[rtype(result = "()")]
 pub struct Quiesce;
 
-/// From anybody: how are you?
+/// From anybody: how are you? `None` after the end.
 #[derive(actix::Message)]
-#[rtype(result = "Option<SessionStatus>")]
+#[rtype(result = "Option<SessionView>")]
 pub struct Observe;
+
+/// The observable state of a session.
+#[derive(Clone, Debug)]
+pub struct SessionView {
+    /// Whose it is.
+    pub peer: Peer,
+    /// Backup or restore.
+    pub kind: SessionKind,
+    /// When it was opened, ns since 1970.
+    pub opened_ns: i64,
+    /// What agents of its tenant may know.
+    pub status: SessionStatus,
+}
 
 /// To the registry: forget this session.
 #[derive(actix::Message)]
@@ -122,6 +135,7 @@ pub struct Session {
     ended_because: String,
     superseded: bool,
     full: bool,
+    opened_ns: i64,
 }
 
 impl Session {
@@ -140,6 +154,7 @@ impl Session {
             ended_because: String::new(),
             superseded: false,
             full: false,
+            opened_ns: clock::wall_ns(),
             seed,
         }
     }
@@ -524,16 +539,19 @@ impl Handler<Quiesce> for Session {
 }
 
 impl Handler<Observe> for Session {
-    type Result = Option<SessionStatus>;
+    type Result = Option<SessionView>;
 
     fn handle(&mut self, _: Observe, _: &mut Context<Self>) -> Self::Result {
-        self.machine.ended().is_none().then(|| SessionStatus {
+        let status = SessionStatus {
             session: self.seed.id,
             repository: self.seed.repository.clone(),
             agent: self.seed.peer.agent,
             state: self.machine.state_name().to_owned(),
             streams: u16::try_from(self.streams.len()).unwrap_or(u16::MAX),
-            watermark: self.watermark.load(std::sync::atomic::Ordering::Acquire),
-        })
+            watermark: self.watermark.load(Ordering::Acquire),
+        };
+        let view =
+            SessionView { peer: self.seed.peer.clone(), kind: self.seed.kind, opened_ns: self.opened_ns, status };
+        self.machine.ended().is_none().then_some(view)
     }
 }

@@ -13,14 +13,16 @@ use actix::{
 use futures_util::FutureExt;
 use strandline_messages::mail::Peer;
 use strandline_messages::wire::{
-    Attach, Attached, Committed, Message, OpenSession, RefusalCode, Refused, SessionOpened, SessionStatus,
+    Attach, Attached, Committed, Message, OpenSession, RefusalCode, Refused, SessionOpened,
 };
 use strandline_messages::{Incarnation, SessionId, SessionToken};
 use tracing::info;
 
 use crate::machines::session::SessionLimits;
 use crate::ports::{Host, Opening};
-use crate::session::{AttachControl, Observe, Push, Quiesce, Session, SessionEnded, SessionSeed, Supersede};
+use crate::session::{
+    AttachControl, Observe, Push, Quiesce, Session, SessionEnded, SessionSeed, SessionView, Supersede,
+};
 use crate::stream::{JoinGranted, JoinSession};
 
 /// What sessions are given.
@@ -75,9 +77,9 @@ pub struct AttachSession {
 #[rtype(result = "()")]
 pub struct StopServing;
 
-/// The open sessions, with their tenants.
+/// The open sessions.
 #[derive(actix::Message)]
-#[rtype(result = "Vec<(Peer, SessionStatus)>")]
+#[rtype(result = "Vec<SessionView>")]
 pub struct ObserveSessions;
 
 struct Entry {
@@ -242,18 +244,16 @@ impl Handler<StopServing> for SessionRegistry {
 }
 
 impl Handler<ObserveSessions> for SessionRegistry {
-    type Result = ResponseFuture<Vec<(Peer, SessionStatus)>>;
+    type Result = ResponseFuture<Vec<SessionView>>;
 
     fn handle(&mut self, _: ObserveSessions, _: &mut Context<Self>) -> Self::Result {
-        let asked: Vec<_> =
-            self.sessions.values().map(|entry| (entry.peer.clone(), entry.session.send(Observe))).collect();
+        let asked: Vec<_> = self.sessions.values().map(|entry| entry.session.send(Observe)).collect();
         async move {
             let mut seen = Vec::with_capacity(asked.len());
-            for (peer, asking) in asked {
-                if let Ok(Some(status)) = asking.await {
-                    seen.push((peer, status));
-                }
+            for asking in asked {
+                seen.extend(asking.await.ok().flatten());
             }
+            seen.sort_by_key(|view| view.opened_ns);
             seen
         }
         .boxed_local()

@@ -233,7 +233,7 @@ impl Stream {
                 self.settle(ctx);
             }
             Message::Drained => self.feed(Input::PeerDrained, ctx),
-            Message::Ping(ping) => self.send(&Message::Pong(Pong { stamp: ping.stamp, free_bytes: 0 }), ctx),
+            Message::Ping(ping) => self.send(&Message::Pong(Pong { stamp: ping.stamp }), ctx),
             Message::Pong(_) => {}
             Message::Refused(refusal) => {
                 self.refusal = Some(refusal.clone());

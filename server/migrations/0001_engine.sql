@@ -37,7 +37,7 @@ CREATE TABLE sessions (
     tenant        TEXT    NOT NULL,
     agent         BLOB    NOT NULL,
     domain        BLOB    NOT NULL,
-    state         TEXT    NOT NULL CHECK (state IN ('open', 'committed', 'failed', 'aborted', 'expired')),
+    state         TEXT    NOT NULL CHECK (state IN ('open', 'committed', 'finished', 'failed', 'aborted', 'expired')),
     reason        TEXT    NOT NULL DEFAULT '',
     superseded_by BLOB,
     opened_ns     INTEGER NOT NULL,

@@ -95,6 +95,8 @@ pub struct Config {
     pub max_streams: u16,
     /// Most unacknowledged bytes of one session.
     pub window_bytes: u64,
+    /// Most bytes of received blocks, of all sessions together, that wait in memory to become durable.
+    pub receive_bytes: u64,
     /// How long a session waits for its agent to come back.
     #[serde(with = "humantime_serde")]
     pub session_grace: Duration,
@@ -147,6 +149,7 @@ impl Default for Config {
             names: LOCAL_NAMES.map(str::to_owned).to_vec(),
             max_streams: 8,
             window_bytes: 64 << 20,
+            receive_bytes: 48 << 20,
             session_grace: Duration::from_mins(10),
             progress_timeout: Duration::from_mins(1),
             group_commit: GroupCommit::default(),

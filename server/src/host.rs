@@ -100,10 +100,6 @@ impl Host for EngineHost {
         .boxed()
     }
 
-    fn free_bytes(&self) -> u64 {
-        self.engine.free_bytes_now()
-    }
-
     fn random(&self) -> [u8; 32] {
         let mut bytes = [0; 32];
         // A system without random numbers cannot make TLS connections either; a zero token would never be unique, so the
@@ -123,8 +119,8 @@ async fn describe(engine: &Engine, peer: &Peer, request: &DescribeRepository) ->
 }
 
 async fn create(engine: &Engine, peer: &Peer, request: CreateRepository) -> Result<Message, Refused> {
-    let file = RepositoryV1::decode(&request.file)
-        .map_err(|error| Refused::new(RefusalCode::Invalid, error.to_string()))?;
+    let file =
+        RepositoryV1::decode(&request.file).map_err(|error| Refused::new(RefusalCode::Invalid, error.to_string()))?;
     if request.slots.is_empty() {
         return Err(Refused::new(RefusalCode::Invalid, "a repository needs a key slot: nobody could read it"));
     }
@@ -195,9 +191,9 @@ fn verified_writer(
         .and_then(|writer| decoder.finish().map(|()| writer))
         .map_err(|error| denied(&error.to_string()))?;
     let signed = WriterCertificateV1::signed_part(&repository.id, writer.capability, &writer.public_key);
-    UnparsedPublicKey::new(&ED25519, repository.root_public)
-        .verify(&signed, &writer.signature)
-        .map_err(|_| denied("the key belongs to another repository: its certificate is not signed by this one's root"))?;
+    UnparsedPublicKey::new(&ED25519, repository.root_public).verify(&signed, &writer.signature).map_err(|_| {
+        denied("the key belongs to another repository: its certificate is not signed by this one's root")
+    })?;
     UnparsedPublicKey::new(&ED25519, writer.public_key)
         .verify(&open_session_proof(nonce, &repository.id), &request.proof)
         .map_err(|_| denied("the proof of the writer key does not verify"))?;
@@ -242,7 +238,7 @@ impl SessionStore for LeasedRepository {
         let (repository, lease) = (Arc::clone(&self.repository), self.lease.clone());
         async move {
             repository.store(&lease, sequence, block).await.map_err(|error| match error {
-                StoreError::BadBlock(_) => StoreFault::BadBlock(error.to_string()),
+                StoreError::Refused(_) | StoreError::Foreign { .. } => StoreFault::BadBlock(error.to_string()),
                 StoreError::Full { .. } => StoreFault::Full(error.to_string()),
                 other => StoreFault::Failed(other.to_string()),
             })
@@ -285,11 +281,8 @@ impl SessionStore for LeasedRepository {
         let (repository, domain) = (Arc::clone(&self.repository), self.lease.domain);
         async move {
             let found = repository.locate(domain, &ids).await.map_err(|error| fault(&error))?;
-            let place = |address: BlockAddress| BlockPlace {
-                pack: address.pack,
-                offset: address.offset,
-                bytes: address.bytes,
-            };
+            let place =
+                |address: BlockAddress| BlockPlace { pack: address.pack, offset: address.offset, bytes: address.bytes };
             Ok(found.into_iter().map(|address| address.map(place)).collect())
         }
         .boxed()
@@ -297,7 +290,7 @@ impl SessionStore for LeasedRepository {
 
     fn read(&self, place: BlockPlace) -> BoxFuture<'static, Result<Bytes, StoreFault>> {
         let repository = Arc::clone(&self.repository);
-        let address = BlockAddress { pack: place.pack, offset: place.offset, bytes: place.bytes };
+        let address = BlockAddress { pack: place.pack, offset: place.offset, bytes: place.bytes, position: 0 };
         async move { repository.read_block(address).await.map_err(|error| fault(&error)) }.boxed()
     }
 }

@@ -1,17 +1,21 @@
-//! Strandline's server: who may come in (`pki`, `tls`, `tenancy`), how it is told what to do (`config`, `admin`, `cli`),
-//! and the process itself (`serve`).
+//! Strandline's server: the storage engine and, around it, everything that speaks to the network.
+//!
+//! Who may come in (`pki`, `tls`, `tenancy`), how connections become actors (`listener`, `core`, `host`), where blocks
+//! and snapshots are (`engine` over `storage`, `index` and `catalog`), how it is told what to do (`config`, `admin`,
+//! `cli`), and the process itself (`serve`).
 
 pub mod admin;
+pub mod catalog;
 pub mod cli;
 pub mod config;
+pub mod core;
 pub mod data_dir;
+pub mod engine;
+pub mod host;
+pub mod index;
+pub mod listener;
 pub mod pki;
 pub mod serve;
+pub mod storage;
 pub mod tenancy;
 pub mod tls;
-//! Strandline's server: the storage engine and, around it, everything that speaks to the network.
-
-pub mod catalog;
-pub mod engine;
-pub mod index;
-pub mod storage;

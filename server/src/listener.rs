@@ -84,7 +84,8 @@ impl Actor for Listener {
         let handshakes = Arc::new(Semaphore::new(HANDSHAKES_MAX));
         for socket in self.sockets.drain(..) {
             let Ok(socket) = TcpListener::from_std(socket) else { continue };
-            let serving = accept_for_ever(socket, Arc::clone(&self.door), self.workers.clone(), Arc::clone(&handshakes));
+            let serving =
+                accept_for_ever(socket, Arc::clone(&self.door), self.workers.clone(), Arc::clone(&handshakes));
             self.accepting.push(ctx.spawn(actix::fut::wrap_future(serving)));
         }
     }
@@ -139,11 +140,9 @@ async fn enter(door: &Door, connection: std::net::TcpStream, permit: OwnedSemaph
     let handshake = tokio::time::timeout(HANDSHAKE_TIMEOUT, door.tls.accept(connection));
     let connection = handshake.await.map_err(|_| "no handshake in time")?.map_err(|error| format!("TLS: {error}"))?;
     match accepted_peer(connection.get_ref().1).map_err(|refusal| refusal.to_string())? {
-        Accepted::Enrolling => {
-            tokio::time::timeout(HANDSHAKE_TIMEOUT, enrol_machine(door, connection))
-                .await
-                .map_err(|_| "enrolment took too long".to_owned())?
-        }
+        Accepted::Enrolling => tokio::time::timeout(HANDSHAKE_TIMEOUT, enrol_machine(door, connection))
+            .await
+            .map_err(|_| "enrolment took too long".to_owned())?,
         Accepted::Agent(agent) => {
             let peer = admit(door, &agent).await?;
             drop(permit);
@@ -154,15 +153,15 @@ async fn enter(door: &Door, connection: std::net::TcpStream, permit: OwnedSemaph
 }
 
 async fn admit(door: &Door, agent: &AgentPeer) -> Result<Peer, String> {
-    let now = clock::wall_ns();
-    let enrolled = door.tenancy.is_enrolled(agent, now).await.map_err(|error| error.to_string())?;
-    if !enrolled {
-        return Err(format!("agent {} of tenant {} is not enrolled (any more)", agent.identity.agent, agent.identity.tenant));
+    let identity = &agent.identity;
+    let enrolled = door.tenancy.is_enrolled(identity.agent, &identity.tenant, &agent.key_hash).await;
+    if !enrolled.map_err(|error| error.to_string())? {
+        return Err(format!("agent {} of tenant {} is not enrolled (any more)", identity.agent, identity.tenant));
     }
-    if let Err(error) = door.tenancy.seen(agent.identity.agent, now).await {
+    if let Err(error) = door.tenancy.seen(identity.agent, clock::wall_ns()).await {
         tracing::warn!(%error, "when the agent was seen could not be noted");
     }
-    Ok(Peer { tenant: agent.identity.tenant.clone(), agent: agent.identity.agent })
+    Ok(Peer { tenant: identity.tenant.clone(), agent: identity.agent })
 }
 
 async fn enrol_machine(door: &Door, mut connection: TlsStream<tokio::net::TcpStream>) -> Result<(), String> {
@@ -183,7 +182,7 @@ async fn issue(door: &Door, request: &Enroll) -> Message {
     let Ok(secret) = <[u8; 32]>::try_from(request.secret.as_slice()) else {
         return refused("the enrolment token is malformed".into());
     };
-    let secret = EnrolmentSecret::new(secret);
+    let secret = EnrolmentSecret(secret);
     let enrolled =
         enrol(&door.tenancy, &door.authority, &secret, &request.label, &request.request, door.agent_validity).await;
     match enrolled {

@@ -13,12 +13,6 @@ pub use types::*;
 pub const PROTOCOL_VERSION: u16 = 1;
 /// The oldest protocol version that this program still speaks.
 pub const PROTOCOL_VERSION_MIN: u16 = 1;
-/// ALPN of sessions.
-pub const ALPN: &[u8] = b"strandline/1";
-/// ALPN of enrolment, where only the server proves itself.
-pub const ALPN_ENROLL: &[u8] = b"strandline-enroll/1";
-/// The TCP port.
-pub const PORT: u16 = 9847;
 
 /// Why bytes from a peer are not the protocol. Always ends the connection; its blocks are sent again on another.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

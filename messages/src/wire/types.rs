@@ -374,8 +374,6 @@ pub struct Ping {
 pub struct Pong {
     /// The ping's stamp.
     pub stamp: u64,
-    /// Free bytes of the storage (0 from agents).
-    pub free_bytes: u64,
 }
 
 /// Why a stream joins.

@@ -37,6 +37,8 @@ pub enum Opened {
 /// How a session ended, if not by a commit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SessionEnd {
+    /// A restore got everything that it asked for.
+    Finished,
     /// Something went wrong on the server, or another session took over.
     Failed,
     /// The agent gave up.
@@ -49,6 +51,7 @@ impl SessionEnd {
     /// The state's name in the catalog.
     pub fn as_str(self) -> &'static str {
         match self {
+            Self::Finished => "finished",
             Self::Failed => "failed",
             Self::Aborted => "aborted",
             Self::Expired => "expired",
@@ -168,7 +171,14 @@ impl Catalog {
     }
 
     /// Ends a session that is open; `false` if it had ended before, which changes nothing.
-    pub(crate) async fn end_session(&self, session: &SessionId, fence: u64, end: SessionEnd, reason: &str, now_ns: i64) -> Result<bool, CatalogError> {
+    pub(crate) async fn end_session(
+        &self,
+        session: &SessionId,
+        fence: u64,
+        end: SessionEnd,
+        reason: &str,
+        now_ns: i64,
+    ) -> Result<bool, CatalogError> {
         let mut transaction = self.begin().await?;
         let done = sqlx::query(
             "UPDATE sessions SET state = ?, reason = ?, ended_ns = ? WHERE id = ? AND state = 'open' \
@@ -234,7 +244,10 @@ impl Catalog {
     }
 }
 
-pub(super) async fn end_lease(connection: &mut sqlx::SqliteConnection, session: &SessionId) -> Result<(), CatalogError> {
+pub(super) async fn end_lease(
+    connection: &mut sqlx::SqliteConnection,
+    session: &SessionId,
+) -> Result<(), CatalogError> {
     let query = sqlx::query("UPDATE leases SET ended = 1 WHERE session = ?").bind(session.as_bytes().as_slice());
     query.execute(connection).await.map(|_| ()).map_err(sql("end a lease"))
 }
