@@ -19,7 +19,7 @@ use strandline_messages::{Incarnation, SessionId};
 use tokio::sync::oneshot;
 use tracing::{debug, info, warn};
 
-use crate::dispatcher::{LearnDurable, SendAgain, UseSession};
+use crate::dispatcher::{DispatchFailed, LearnDurable, SendAgain, UseSession};
 use crate::machines::reconnect::{Next, Policy, Reconnect};
 use crate::runtime::clock;
 use crate::runtime::link::{FrameArrived, Link, ReadEnded, Wrote};
@@ -61,6 +61,8 @@ pub struct Dispatching {
     pub durable: Recipient<LearnDurable>,
     /// What the server misses.
     pub again: Recipient<SendAgain>,
+    /// The session is lost for good.
+    pub failed: Recipient<DispatchFailed>,
 }
 
 /// The session is over: its connection may be lost without consequence.
@@ -246,6 +248,9 @@ impl ControlChannel {
     /// Nothing will be answered any more.
     fn fail(&mut self, error: &AskError, ctx: &mut Context<Self>) {
         self.fault = Some(error.clone());
+        if let Some(dispatcher) = self.attachment.as_ref().and_then(|attachment| attachment.dispatcher.as_ref()) {
+            dispatcher.failed.do_send(DispatchFailed(error.to_string()));
+        }
         for (_, pending) in std::mem::take(&mut self.pending) {
             // Whoever asked may have stopped waiting.
             let _ = pending.reply.send(Err(error.clone()));

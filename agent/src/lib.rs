@@ -9,6 +9,7 @@ pub mod cache;
 pub mod chunk;
 pub mod cli;
 pub mod embedded;
+pub mod identity;
 pub mod job;
 pub mod keys;
 pub mod net;

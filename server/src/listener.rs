@@ -144,10 +144,20 @@ async fn enter(door: &Door, connection: std::net::TcpStream, permit: OwnedSemaph
             .await
             .map_err(|_| "enrolment took too long".to_owned())?,
         Accepted::Agent(agent) => {
-            let peer = admit(door, &agent).await?;
-            drop(permit);
-            let connection: Connection = Box::new(connection);
-            door.core.serve(connection, peer).await.map_err(|error| error.to_string())
+            let mut connection: Connection = Box::new(connection);
+            match admit(door, &agent).await {
+                Ok(peer) => {
+                    drop(permit);
+                    door.core.serve(connection, peer).await.map_err(|error| error.to_string())
+                }
+                Err(reason) => {
+                    let text = "the server does not admit this machine: it is not enrolled (any more); enrol it again";
+                    let refusal = Message::Refused(Refused::new(RefusalCode::NotPermitted, text));
+                    write_message(&mut connection, &refusal).await.map_err(|error| error.to_string())?;
+                    connection.shutdown().await.map_err(|error| error.to_string())?;
+                    Err(reason)
+                }
+            }
         }
     }
 }

@@ -4,16 +4,24 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
+use actix::Actor;
+use actix_rt::Arbiter;
 use anyhow::Context;
-use strandline_actors::runtime::clock;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use strandline_actors::session::SessionView;
+use strandline_actors::session_registry::ObserveSessions;
 use strandline_messages::AgentId;
+use strandline_messages::wire::SessionKind;
 use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio_rustls::TlsAcceptor;
 
-use crate::admin::{AdminSocket, Administrator, Idle, RepositoryStatus, ServerState, SessionStatus};
+use crate::admin::{AdminSocket, Administrator, RepositoryStatus, ServerState, SessionStatus};
 use crate::config::Config;
-use crate::data_dir::{DataLock, open_catalog};
+use crate::core::{CoreSettings, ServerCore};
+use crate::engine::{Engine, EngineOptions};
+use crate::listener::{Door, Listener, StopListening};
 use crate::pki::Authority;
 use crate::tenancy::Tenancy;
 use crate::tls::{ServerCertificate, server_config};
@@ -72,31 +80,63 @@ impl Signals {
 }
 
 /// What the running server tells administrators.
-#[derive(Debug)]
 struct Serving {
-    since: Instant,
+    core: ServerCore,
+    engine: Arc<Engine>,
+    tenancy: Tenancy,
     certificate: Arc<ServerCertificate>,
 }
 
 impl ServerState for Serving {
     fn uptime(&self) -> Option<Duration> {
-        Some(clock::now().saturating_duration_since(self.since))
+        Some(self.core.uptime())
     }
 
-    fn sessions(&self) -> Vec<SessionStatus> {
-        Idle.sessions()
+    async fn sessions(&self) -> Vec<SessionStatus> {
+        // The registry ends only with the process.
+        let seen = self.core.registry().send(ObserveSessions).await.unwrap_or_default();
+        let status = |view: SessionView| SessionStatus {
+            id: view.status.session.to_string(),
+            kind: match view.kind {
+                SessionKind::Backup => "backup".to_owned(),
+                SessionKind::Restore => "restore".to_owned(),
+            },
+            tenant: view.peer.tenant.to_string(),
+            repository: view.status.repository.to_string(),
+            agent: view.peer.agent.to_string(),
+            state: view.status.state,
+            streams: view.status.streams,
+            opened_ns: view.opened_ns,
+            watermark: view.status.watermark,
+        };
+        seen.into_iter().map(status).collect()
     }
 
     fn certificate_expires_s(&self) -> Option<i64> {
         Some(self.certificate.expires_s())
     }
 
-    fn repositories(&self) -> impl Future<Output = Result<Vec<RepositoryStatus>, String>> {
-        Idle.repositories()
+    async fn repositories(&self) -> Result<Vec<RepositoryStatus>, String> {
+        let mut found = Vec::new();
+        for tenant in self.tenancy.tenants().await.map_err(|error| error.to_string())? {
+            for file in self.engine.repositories(&tenant.name).await.map_err(|error| error.to_string())? {
+                let repository = self.engine.repository(&tenant.name, &file.name).await;
+                let repository = repository.map_err(|error| error.to_string())?;
+                let totals = repository.totals().await.map_err(|error| error.to_string())?;
+                found.push(RepositoryStatus {
+                    tenant: tenant.name.to_string(),
+                    name: file.name.to_string(),
+                    id: file.id.to_string(),
+                    snapshots: totals.snapshots,
+                    stored_bytes: totals.stored_bytes,
+                });
+            }
+        }
+        Ok(found)
     }
 
     fn revoked(&self, agent: AgentId) {
-        Idle.revoked(agent);
+        self.core.close_agent(agent);
     }
 }
 
@@ -104,15 +144,37 @@ impl ServerState for Serving {
 pub async fn serve(options: ServeOptions) -> anyhow::Result<()> {
     let ServeOptions { data, config_path, config, lock_wait } = options;
     let mut signals = Signals::listen().context("cannot listen to signals")?;
-    let _lock = DataLock::take(&data, lock_wait).await?;
-    let tenancy = Tenancy::open(open_catalog(&data).await?, &data).await?;
+    raise_descriptor_limit();
+    let group = EngineOptions {
+        lock_wait,
+        group_commit_bytes: usize::try_from(config.group_commit.bytes).unwrap_or(usize::MAX),
+        group_commit_wait: config.group_commit.wait,
+    };
+    let engine = Arc::new(Engine::open(&data, group).await?);
+    let tenancy = Tenancy::open(engine.pool().clone(), &data).await?;
     let authority = Arc::new(Authority::load(&data)?);
     let certificate = Arc::new(ServerCertificate::new(authority.server(&config.names)?)?);
-    let _tls = server_config(&authority, Arc::clone(&certificate))?;
-    let state = Serving { since: clock::now(), certificate: Arc::clone(&certificate) };
+    let core = ServerCore::start(Arc::clone(&engine), CoreSettings::from(&config));
+    let door = Arc::new(Door {
+        tls: TlsAcceptor::from(server_config(&authority, Arc::clone(&certificate))?),
+        tenancy: tenancy.clone(),
+        authority: Arc::clone(&authority),
+        agent_validity: config.certificates.agent_validity,
+        core: core.clone(),
+    });
+    let workers: Vec<_> = (0..worker_count()).map(|_| Arbiter::new()).collect();
+    let listener = Listener::bind(&config.listen, door, workers.iter().map(Arbiter::handle).collect())?;
+    let addresses = listener.addresses();
+    let listener = listener.start();
+    let state = Serving {
+        core: core.clone(),
+        engine: Arc::clone(&engine),
+        tenancy: tenancy.clone(),
+        certificate: Arc::clone(&certificate),
+    };
     let administrator = Administrator::new(data.clone(), config.clone(), tenancy, Arc::clone(&authority), state);
     let socket = AdminSocket::bind(&data)?;
-    tracing::info!(data = %data.display(), listen = ?config.listen, "server started");
+    tracing::info!(data = %data.display(), listening = ?addresses, "server started");
 
     let mut names = config.names.clone();
     let mut administration = std::pin::pin!(socket.serve(&administrator));
@@ -127,8 +189,30 @@ pub async fn serve(options: ServeOptions) -> anyhow::Result<()> {
         }
         refresh_certificate(&authority, &certificate, &names);
     }
+    tracing::info!("stopping: no new connections, streams drain to the acknowledged point");
+    // The listener ends only with the process.
+    let _ = listener.send(StopListening).await;
+    core.stop().await;
+    for worker in workers {
+        worker.stop();
+    }
+    engine.close().await?;
     tracing::info!("server stopped");
     Ok(())
+}
+
+/// Threads for connections: one per processor.
+fn worker_count() -> usize {
+    std::thread::available_parallelism().map_or(2, usize::from)
+}
+
+/// Every connection is a descriptor: as many as the system allows.
+fn raise_descriptor_limit() {
+    let limit = getrlimit(Resource::Nofile);
+    let raised = Rlimit { current: limit.maximum, maximum: limit.maximum };
+    if let Err(error) = setrlimit(Resource::Nofile, raised) {
+        tracing::warn!(%error, "the limit of open descriptors could not be raised");
+    }
 }
 
 /// Reads the configuration again. The certificate's names take effect at once; returns them. A configuration that cannot

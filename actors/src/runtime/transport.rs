@@ -56,6 +56,11 @@ pub trait Connector: Send + Sync + 'static {
 
     /// What is connected to, for people.
     fn target(&self) -> String;
+
+    /// What an error on a connection of this connector means, where it knows better than the error itself.
+    fn explain(&self, _error: &std::io::Error) -> Option<ConnectFault> {
+        None
+    }
 }
 
 /// A `Hello` of this program.
@@ -85,7 +90,10 @@ pub async fn open(
     let target = connector.target();
     match greeted {
         Err(_) => Err(ConnectFault::passing(format!("{target} does not answer"))),
-        Ok(Err(error)) => Err(ConnectFault::passing(format!("{target}: {error}"))),
+        Ok(Err(error)) => {
+            let explained = if let LinkError::Io(error) = &error { connector.explain(error) } else { None };
+            Err(explained.unwrap_or_else(|| ConnectFault::passing(format!("{target}: {error}"))))
+        }
         Ok(Ok(Message::Hello(peer))) => match check_versions(&peer) {
             Ok(()) => Ok((connection, peer)),
             Err(error) => Err(ConnectFault::lasting(format!("{target}: {error}"))),

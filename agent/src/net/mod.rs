@@ -3,6 +3,7 @@
 mod client;
 mod oracle;
 mod source;
+pub mod tls;
 
 pub use client::{Client, ClientError, RepositoryInfo, SessionSettings, SnapshotListing};
 pub use oracle::{NetworkOracle, WindowSink};

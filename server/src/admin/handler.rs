@@ -20,7 +20,7 @@ pub trait ServerState {
     /// Time since the server was started; none if no server runs.
     fn uptime(&self) -> Option<Duration>;
     /// Open sessions, oldest first.
-    fn sessions(&self) -> Vec<SessionStatus>;
+    fn sessions(&self) -> impl Future<Output = Vec<SessionStatus>>;
     /// End of the certificate in use, seconds since 1970.
     fn certificate_expires_s(&self) -> Option<i64>;
     /// Repositories by tenant and name; or why they cannot be listed, for people.
@@ -38,8 +38,8 @@ impl ServerState for Idle {
         None
     }
 
-    fn sessions(&self) -> Vec<SessionStatus> {
-        Vec::new()
+    fn sessions(&self) -> impl Future<Output = Vec<SessionStatus>> {
+        ready(Vec::new())
     }
 
     fn certificate_expires_s(&self) -> Option<i64> {
@@ -99,7 +99,7 @@ impl<S: ServerState> Administrator<S> {
     }
 
     async fn status(&self) -> Result<StatusReport, Failure> {
-        let sessions = self.state.sessions();
+        let sessions = self.state.sessions().await;
         let mut sessions_by_state = BTreeMap::new();
         for session in &sessions {
             *sessions_by_state.entry(session.state.clone()).or_default() += 1;

@@ -144,8 +144,8 @@ pub struct SessionStatus {
     pub streams: u16,
     /// When it was opened, ns since 1970.
     pub opened_ns: i64,
-    /// Bytes of blocks received or sent.
-    pub bytes: u64,
+    /// Blocks durable without a gap.
+    pub watermark: u64,
 }
 
 /// A repository.

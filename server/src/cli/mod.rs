@@ -21,6 +21,7 @@ use strandline_messages::{AgentId, TenantName};
 use tracing_subscriber::EnvFilter;
 
 use crate::config::{CONFIG_NAME, Config, LogFormat};
+use crate::engine::EngineError;
 use crate::data_dir::DataDirError;
 use crate::serve::{ServeOptions, serve};
 
@@ -210,10 +211,9 @@ fn exit_code(error: &anyhow::Error) -> u8 {
     if let Some(administer::Refused { exit_code, .. }) = error.downcast_ref() {
         return *exit_code;
     }
-    match error.downcast_ref() {
-        Some(DataDirError::Locked { .. }) => EXIT_LOCKED,
-        _ => EXIT_FAILED,
-    }
+    let locked = matches!(error.downcast_ref(), Some(DataDirError::Locked { .. }))
+        || matches!(error.downcast_ref(), Some(EngineError::Locked { .. }));
+    if locked { EXIT_LOCKED } else { EXIT_FAILED }
 }
 
 #[cfg(test)]

@@ -143,11 +143,11 @@ fn show_status(out: &mut dyn Write, status: &StatusReport) -> anyhow::Result<()>
                 session.agent.chars().take(8).collect(),
                 session.state.clone(),
                 session.streams.to_string(),
-                size(session.bytes),
+                session.watermark.to_string(),
                 date(session.opened_ns),
             ]
         });
-        let head = ["SESSION", "KIND", "REPOSITORY", "AGENT", "STATE", "STREAMS", "BYTES", "SINCE"];
+        let head = ["SESSION", "KIND", "REPOSITORY", "AGENT", "STATE", "STREAMS", "BLOCKS", "SINCE"];
         table(out, &head, rows.collect())?;
     }
     if !status.repositories.is_empty() {
