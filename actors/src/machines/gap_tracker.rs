@@ -454,6 +454,19 @@ mod tests {
     }
 
     #[test]
+    fn a_hole_in_which_nothing_ever_arrived_grows_old_from_the_moment_it_was_jumped_over() {
+        let patience = Duration::from_secs(30);
+        let start = clock::now();
+        let mut tracker = GapTracker::new(4096);
+        tracker.insert(start, 10);
+        tracker.insert(start + Duration::from_secs(10), 1000);
+        assert_eq!(tracker.holes_older_than(start + Duration::from_secs(39), patience, 9), []);
+        let later = start + Duration::from_secs(40);
+        assert_eq!(tracker.clone().holes_older_than(later, patience, 1), [0..10]);
+        assert_eq!(tracker.holes_older_than(later, patience, 9), [0..10, 11..1000]);
+    }
+
+    #[test]
     fn the_clock_going_backwards_makes_no_hole_old() {
         let before = clock::now();
         let mut tracker = GapTracker::new(64);
