@@ -86,7 +86,7 @@ impl fmt::Display for Difference {
 pub struct Comparison {
     /// Names that were compared, in either tree.
     pub entries: u64,
-    /// Bytes of content that were read from the first tree.
+    /// Bytes of content that were read from each tree and are the same.
     pub bytes: u64,
     /// How many differences there are.
     pub count: u64,
@@ -140,6 +140,7 @@ struct Walk {
     links: BTreeMap<Inode, Inode>,
     /// Second → first.
     links_back: BTreeMap<Inode, Inode>,
+    buffers: Buffers,
 }
 
 impl Walk {
@@ -289,33 +290,15 @@ impl Walk {
         };
         self.compare_holes(&data_a, &data_b);
         for range in ranges::union(&data_a, &data_b) {
-            if !self.bytes(&a, &b, range)? {
+            let different =
+                self.buffers.first_difference(&a, &b, range.clone()).with_context(|| self.cannot("read"))?;
+            if let Some(at) = different {
+                self.differ(format!("content differs from byte {at} on"));
                 break;
             }
+            self.found.bytes += range.end - range.start;
         }
         Ok(())
-    }
-
-    /// Compares one range of two files; false at the first difference, which is recorded.
-    fn bytes(&mut self, a: &File, b: &File, range: Range<u64>) -> Result<bool> {
-        let mut buffers = (vec![0; BUFFER], vec![0; BUFFER]);
-        let mut at = range.start;
-        while at < range.end {
-            let want = usize::try_from(range.end - at).unwrap_or(BUFFER).min(BUFFER);
-            let part_a = fill(a, &mut buffers.0, at, want).with_context(|| self.cannot("read"))?;
-            let part_b = fill(b, &mut buffers.1, at, want).with_context(|| self.cannot("read"))?;
-            self.found.bytes += part_a.len() as u64;
-            if part_a != part_b {
-                let same = part_a.iter().zip(part_b).take_while(|(x, y)| x == y).count();
-                self.differ(format!("content differs from byte {} on", at + same as u64));
-                return Ok(false);
-            }
-            if part_a.len() < want {
-                anyhow::bail!("{} while it was being compared", self.cannot("hold still: it shrank"));
-            }
-            at += want as u64;
-        }
-        Ok(true)
     }
 
     fn compare_holes(&mut self, data_a: &[Range<u64>], data_b: &[Range<u64>]) {
@@ -397,6 +380,37 @@ struct Octal(u32);
 impl fmt::Debug for Octal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:04o}", self.0)
+    }
+}
+
+/// For content; made once, because a fresh pair for each small file costs more than reading it.
+struct Buffers(Vec<u8>, Vec<u8>);
+
+impl Default for Buffers {
+    fn default() -> Self {
+        Self(vec![0; BUFFER], vec![0; BUFFER])
+    }
+}
+
+impl Buffers {
+    /// Where in `range` the two files first differ. A file that ends inside the range is an error: it was changed
+    /// while it was being compared.
+    fn first_difference(&mut self, a: &File, b: &File, range: Range<u64>) -> io::Result<Option<u64>> {
+        let mut at = range.start;
+        while at < range.end {
+            let want = usize::try_from(range.end - at).unwrap_or(BUFFER).min(BUFFER);
+            let part_a = fill(a, &mut self.0, at, want)?;
+            let part_b = fill(b, &mut self.1, at, want)?;
+            if part_a.len() < want || part_b.len() < want {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            if part_a != part_b {
+                let same = part_a.iter().zip(part_b).take_while(|(x, y)| x == y).count();
+                return Ok(Some(at + same as u64));
+            }
+            at += want as u64;
+        }
+        Ok(None)
     }
 }
 

@@ -238,7 +238,8 @@ impl Shared {
                 reset_on_close(&client);
                 continue;
             }
-            let number = self.accepted.fetch_add(1, Ordering::SeqCst);
+            // Counted only once it can be cut; this thread alone counts.
+            let number = self.accepted.load(Ordering::SeqCst);
             let upstream = *lock(&self.upstream);
             match TcpStream::connect_timeout(&upstream, Duration::from_secs(5)) {
                 Ok(server) => self.link(number, client, server),
@@ -246,6 +247,7 @@ impl Shared {
             }
             let mut links = lock(&self.links);
             links.retain(|link| link.strong_count() > 0);
+            self.accepted.store(number + 1, Ordering::SeqCst);
             self.changed.notify_all();
         }
     }
@@ -343,11 +345,15 @@ mod tests {
         let mut back = Vec::new();
         let result = thread::scope(|scope| {
             let mut writer = socket.try_clone().unwrap();
-            scope.spawn(move || {
-                let _ = writer.write_all(bytes);
+            let writing = scope.spawn(move || {
+                let wrote = writer.write_all(bytes);
                 let _ = writer.shutdown(Shutdown::Write);
+                wrote
             });
-            socket.read_to_end(&mut back).map(drop)
+            // The kernel tells of a reset once, to whichever of the two asks first.
+            let read = socket.read_to_end(&mut back).map(drop);
+            let wrote = writing.join().unwrap();
+            if read.is_ok() { wrote } else { read }
         });
         (back, result)
     }
