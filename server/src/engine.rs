@@ -37,11 +37,11 @@ use crate::catalog::Catalog;
 use crate::catalog::repositories::RepositoryRow;
 use crate::index::cache::PageCache;
 use crate::index::engine::FLUSH_ENTRIES;
+use crate::storage::StorageError;
 use crate::storage::files::{self, FileOps, SystemFiles};
 use crate::storage::layout::{DataPaths, RepositoryPaths};
 use crate::storage::lock::DirectoryLock;
 use crate::storage::pack_writer::PackWriterOptions;
-use crate::storage::StorageError;
 
 pub use crate::catalog::sessions::{Lease, Opened, SessionEnd, SessionRow};
 pub use crate::storage::pack_writer::StoreError;
@@ -125,11 +125,20 @@ impl Engine {
     }
 
     /// As [`Engine::open`], with the file operations that packs are written with; a test passes ones that fail.
-    pub async fn open_with_files(dir: &Path, options: EngineOptions, ops: Arc<dyn FileOps>) -> Result<Self, EngineError> {
+    pub async fn open_with_files(
+        dir: &Path,
+        options: EngineOptions,
+        ops: Arc<dyn FileOps>,
+    ) -> Result<Self, EngineError> {
         Self::open_with(dir, options, Sizes::default(), ops).await
     }
 
-    pub(crate) async fn open_with(dir: &Path, options: EngineOptions, sizes: Sizes, ops: Arc<dyn FileOps>) -> Result<Self, EngineError> {
+    pub(crate) async fn open_with(
+        dir: &Path,
+        options: EngineOptions,
+        sizes: Sizes,
+        ops: Arc<dyn FileOps>,
+    ) -> Result<Self, EngineError> {
         let paths = DataPaths::new(dir);
         let (lock, key) = {
             let paths = paths.clone();
@@ -176,7 +185,12 @@ impl Engine {
     }
 
     /// Makes a repository: its files, in one rename, then its row. `slots` are encoded key slots of it.
-    pub async fn create_repository(&self, tenant: &TenantName, file: RepositoryV1, slots: Vec<Vec<u8>>) -> Result<Arc<Repository>, EngineError> {
+    pub async fn create_repository(
+        &self,
+        tenant: &TenantName,
+        file: RepositoryV1,
+        slots: Vec<Vec<u8>>,
+    ) -> Result<Arc<Repository>, EngineError> {
         let _one_at_a_time = self.creating.lock().await;
         let key = (tenant.clone(), file.name.clone());
         let exists = || EngineError::AlreadyExists { tenant: tenant.clone(), name: file.name.clone() };
@@ -201,7 +215,9 @@ impl Engine {
     pub async fn repository(&self, tenant: &TenantName, name: &RepositoryName) -> Result<Arc<Repository>, EngineError> {
         match self.repositories.read().get(&(tenant.clone(), name.clone())) {
             Some(Entry::Open(repository)) => Ok(Arc::clone(repository)),
-            Some(Entry::Unusable(reason)) => Err(EngineError::Unusable { name: name.clone(), reason: Arc::clone(reason) }),
+            Some(Entry::Unusable(reason)) => {
+                Err(EngineError::Unusable { name: name.clone(), reason: Arc::clone(reason) })
+            }
             None => Err(EngineError::NoSuchRepository { tenant: tenant.clone(), name: name.clone() }),
         }
     }
@@ -236,10 +252,13 @@ impl Engine {
     pub async fn close(&self) -> Result<(), EngineError> {
         let open: Vec<Arc<Repository>> = {
             let mut known = self.repositories.write();
-            known.drain().filter_map(|(_, entry)| match entry {
-                Entry::Open(repository) => Some(repository),
-                Entry::Unusable(_) => None,
-            }).collect()
+            known
+                .drain()
+                .filter_map(|(_, entry)| match entry {
+                    Entry::Open(repository) => Some(repository),
+                    Entry::Unusable(_) => None,
+                })
+                .collect()
         };
         let mut first_error = None;
         for repository in open {
@@ -258,7 +277,9 @@ impl Engine {
 }
 
 /// Runs blocking work on a thread for it.
-pub(crate) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T, EngineError> + Send + 'static) -> Result<T, EngineError> {
+pub(crate) async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, EngineError> + Send + 'static,
+) -> Result<T, EngineError> {
     tokio::task::spawn_blocking(work).await.map_err(|error| EngineError::Interrupted { reason: error.to_string() })?
 }
 
@@ -276,7 +297,9 @@ async fn find_repositories(common: &Common) -> Result<Vec<(RepositoryRow, Reposi
         };
         match number {
             Some(number) => repositories.push((RepositoryRow { number, tenant, id: file.id }, file)),
-            None => tracing::error!(%tenant, repository = %file.name, id = %file.id, "two repositories have one name; this one is not served"),
+            None => {
+                tracing::error!(%tenant, repository = %file.name, id = %file.id, "two repositories have one name; this one is not served")
+            }
         }
     }
     for row in rows.iter().filter(|row| !repositories.iter().any(|(found, _)| found.number == row.number)) {
@@ -335,7 +358,12 @@ fn named_slots(file: &RepositoryV1, slots: Vec<Vec<u8>>) -> Result<NamedSlots, E
     Ok(named)
 }
 
-fn make_repository(parent: &Path, home: &RepositoryPaths, file: &RepositoryV1, slots: &NamedSlots) -> Result<(), EngineError> {
+fn make_repository(
+    parent: &Path,
+    home: &RepositoryPaths,
+    file: &RepositoryV1,
+    slots: &NamedSlots,
+) -> Result<(), EngineError> {
     files::create_directory(parent)?;
     let unfinished = parent.join(format!("{}{}", files::TEMPORARY_PREFIX, file.id));
     let making = RepositoryPaths::new(unfinished.clone());

@@ -25,7 +25,9 @@ const BUSY_WAIT: Duration = Duration::from_secs(60);
 #[derive(Debug, thiserror::Error)]
 pub enum CatalogError {
     /// The database refused.
-    #[error("cannot {doing} in the catalog: {source}; stored backups are intact; if the catalog is damaged, move it away and start again, it is made anew from the storage")]
+    #[error(
+        "cannot {doing} in the catalog: {source}; stored backups are intact; if the catalog is damaged, move it away and start again, it is made anew from the storage"
+    )]
     Sql {
         /// What was being done.
         doing: &'static str,
@@ -33,10 +35,14 @@ pub enum CatalogError {
         source: sqlx::Error,
     },
     /// The tables could not be brought up to date.
-    #[error("cannot bring the catalog's tables up to date: {0}; stored backups are intact; was it written by a newer Strandline?")]
+    #[error(
+        "cannot bring the catalog's tables up to date: {0}; stored backups are intact; was it written by a newer Strandline?"
+    )]
     Migrate(#[from] sqlx::migrate::MigrateError),
     /// A row that this program cannot have written.
-    #[error("the catalog holds an impossible {what}; stored backups are intact; move the catalog away and start again, it is made anew from the storage")]
+    #[error(
+        "the catalog holds an impossible {what}; stored backups are intact; move the catalog away and start again, it is made anew from the storage"
+    )]
     Impossible {
         /// The value.
         what: &'static str,
@@ -97,7 +103,11 @@ pub(crate) fn signed(value: u64) -> i64 {
     value.cast_signed()
 }
 
-pub(crate) fn id<T>(what: &'static str, bytes: &[u8], from: impl FnOnce(&[u8]) -> Option<T>) -> Result<T, CatalogError> {
+pub(crate) fn id<T>(
+    what: &'static str,
+    bytes: &[u8],
+    from: impl FnOnce(&[u8]) -> Option<T>,
+) -> Result<T, CatalogError> {
     from(bytes).ok_or(CatalogError::Impossible { what })
 }
 

@@ -38,7 +38,11 @@ impl Catalog {
     }
 
     /// Adds a repository; its number. `None` if the tenant has one of that name or id already.
-    pub(crate) async fn add_repository(&self, tenant: &TenantName, file: &RepositoryV1) -> Result<Option<i64>, CatalogError> {
+    pub(crate) async fn add_repository(
+        &self,
+        tenant: &TenantName,
+        file: &RepositoryV1,
+    ) -> Result<Option<i64>, CatalogError> {
         let insert = "INSERT INTO repositories (tenant, id, name, file) VALUES (?, ?, ?, ?) \
                       ON CONFLICT DO NOTHING RETURNING number";
         sqlx::query_scalar(insert)
@@ -80,7 +84,11 @@ impl Catalog {
 
     /// Publishes new states in one transaction. `Condemned` blocks get the current epoch, and the epoch then moves on, so that
     /// leases taken later do not cover them. Returns that epoch.
-    pub(crate) async fn publish_states(&self, repository: i64, changes: &[(BlockPlace, BlockState)]) -> Result<u64, CatalogError> {
+    pub(crate) async fn publish_states(
+        &self,
+        repository: i64,
+        changes: &[(BlockPlace, BlockState)],
+    ) -> Result<u64, CatalogError> {
         let doing = "publish the states of blocks";
         let mut transaction = self.begin().await?;
         let epoch: i64 = sqlx::query_scalar(
@@ -100,7 +108,9 @@ impl Catalog {
             };
             let query = match name {
                 None => sqlx::query("DELETE FROM block_states WHERE repository = ? AND pack = ? AND block_offset = ?"),
-                Some(_) => sqlx::query("REPLACE INTO block_states (repository, pack, block_offset, state, epoch) VALUES (?, ?, ?, ?, ?)"),
+                Some(_) => sqlx::query(
+                    "REPLACE INTO block_states (repository, pack, block_offset, state, epoch) VALUES (?, ?, ?, ?, ?)",
+                ),
             };
             let query = query.bind(repository).bind(i64::from(*pack)).bind(i64::from(*offset));
             let query = match name {
@@ -115,7 +125,13 @@ impl Catalog {
 
     /// Makes condemned blocks live again for the holder of `fence`; `false` if the fence is not current any more. Blocks that
     /// are not condemned are left as they are.
-    pub(crate) async fn revive(&self, repository: i64, session: &[u8; 16], fence: u64, blocks: &[BlockPlace]) -> Result<bool, CatalogError> {
+    pub(crate) async fn revive(
+        &self,
+        repository: i64,
+        session: &[u8; 16],
+        fence: u64,
+        blocks: &[BlockPlace],
+    ) -> Result<bool, CatalogError> {
         let doing = "revive blocks";
         let mut transaction = self.begin().await?;
         let held: Option<i64> =

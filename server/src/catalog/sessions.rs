@@ -168,7 +168,14 @@ impl Catalog {
     }
 
     /// Ends a session that is open; `false` if it had ended before, which changes nothing.
-    pub(crate) async fn end_session(&self, session: &SessionId, fence: u64, end: SessionEnd, reason: &str, now_ns: i64) -> Result<bool, CatalogError> {
+    pub(crate) async fn end_session(
+        &self,
+        session: &SessionId,
+        fence: u64,
+        end: SessionEnd,
+        reason: &str,
+        now_ns: i64,
+    ) -> Result<bool, CatalogError> {
         let mut transaction = self.begin().await?;
         let done = sqlx::query(
             "UPDATE sessions SET state = ?, reason = ?, ended_ns = ? WHERE id = ? AND state = 'open' \
@@ -234,7 +241,10 @@ impl Catalog {
     }
 }
 
-pub(super) async fn end_lease(connection: &mut sqlx::SqliteConnection, session: &SessionId) -> Result<(), CatalogError> {
+pub(super) async fn end_lease(
+    connection: &mut sqlx::SqliteConnection,
+    session: &SessionId,
+) -> Result<(), CatalogError> {
     let query = sqlx::query("UPDATE leases SET ended = 1 WHERE session = ?").bind(session.as_bytes().as_slice());
     query.execute(connection).await.map(|_| ()).map_err(sql("end a lease"))
 }

@@ -1,9 +1,9 @@
 //! Rows of `snapshots`.
 
 use sqlx::{Sqlite, Transaction};
+use strandline_messages::SnapshotId;
 use strandline_messages::format::manifest::ManifestV1;
 use strandline_messages::format::receipt::ReceiptV1;
-use strandline_messages::SnapshotId;
 
 use super::sessions::{Lease, end_lease};
 use super::{Catalog, CatalogError, id, signed, sql, unsigned};
@@ -32,14 +32,23 @@ pub(crate) enum CommitState {
 
 impl Catalog {
     /// The receipt of a snapshot, if it is committed.
-    pub(crate) async fn receipt(&self, repository: i64, snapshot: &SnapshotId) -> Result<Option<Vec<u8>>, CatalogError> {
+    pub(crate) async fn receipt(
+        &self,
+        repository: i64,
+        snapshot: &SnapshotId,
+    ) -> Result<Option<Vec<u8>>, CatalogError> {
         let query = sqlx::query_scalar("SELECT receipt FROM snapshots WHERE repository = ? AND id = ?");
         let query = query.bind(repository).bind(snapshot.as_bytes().as_slice());
         query.fetch_optional(self.pool()).await.map_err(sql("look up a snapshot"))
     }
 
     /// Up to `limit` snapshots after place `after`, in order.
-    pub(crate) async fn snapshots(&self, repository: i64, after: u64, limit: usize) -> Result<Vec<SnapshotRow>, CatalogError> {
+    pub(crate) async fn snapshots(
+        &self,
+        repository: i64,
+        after: u64,
+        limit: usize,
+    ) -> Result<Vec<SnapshotRow>, CatalogError> {
         let rows: Vec<(i64, Vec<u8>, Vec<u8>)> = sqlx::query_as(
             "SELECT place, manifest, receipt FROM snapshots WHERE repository = ? AND place > ? ORDER BY place LIMIT ?",
         )
@@ -119,7 +128,11 @@ pub(crate) async fn commit_state(
 }
 
 /// Whether a place in the order of commits is taken.
-pub(crate) async fn place_taken(transaction: &mut Transaction<'static, Sqlite>, repository: i64, place: u64) -> Result<bool, CatalogError> {
+pub(crate) async fn place_taken(
+    transaction: &mut Transaction<'static, Sqlite>,
+    repository: i64,
+    place: u64,
+) -> Result<bool, CatalogError> {
     let query = sqlx::query_scalar("SELECT 1 FROM snapshots WHERE repository = ? AND place = ?");
     let row: Option<i64> = query
         .bind(repository)

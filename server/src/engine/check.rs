@@ -8,7 +8,11 @@ use strandline_messages::format::repository::RepositoryV1;
 
 /// Decodes a manifest and checks its repository, its writer's certificate, its signature and, where one is given, its domain.
 /// The error is a reason for people.
-pub(crate) fn verify_manifest(repository: &RepositoryV1, bytes: &[u8], domain: Option<DomainId>) -> Result<ManifestV1, String> {
+pub(crate) fn verify_manifest(
+    repository: &RepositoryV1,
+    bytes: &[u8],
+    domain: Option<DomainId>,
+) -> Result<ManifestV1, String> {
     let manifest = ManifestV1::decode(bytes).map_err(|error| error.to_string())?;
     if manifest.repository != repository.id {
         return Err(format!("the snapshot is of repository {}, not of this one", manifest.repository));

@@ -104,7 +104,13 @@ enum Published {
     Moved,
 }
 
-async fn publish(state: &Arc<State>, manifest: &ManifestV1, bytes: &Bytes, snapshot: SnapshotId, by: Committer<'_>) -> Result<Published, EngineError> {
+async fn publish(
+    state: &Arc<State>,
+    manifest: &ManifestV1,
+    bytes: &Bytes,
+    snapshot: SnapshotId,
+    by: Committer<'_>,
+) -> Result<Published, EngineError> {
     let number = state.number;
     let lease = match by {
         Committer::Session { lease, published } => Some((lease, published)),
@@ -132,9 +138,8 @@ async fn publish(state: &Arc<State>, manifest: &ManifestV1, bytes: &Bytes, snaps
         _ => None,
     };
     let agent = lease.map_or(AgentId([0; 16]), |(lease, _)| lease.agent);
-    let receipt = kept.unwrap_or_else(|| {
-        state.common.key.receipt(state.file.id, snapshot, order, clock::wall_ns(), agent)
-    });
+    let receipt =
+        kept.unwrap_or_else(|| state.common.key.receipt(state.file.id, snapshot, order, clock::wall_ns(), agent));
     let encoded = receipt.encode();
     {
         let (state, bytes, encoded) = (Arc::clone(state), bytes.clone(), encoded.clone());
@@ -176,7 +181,9 @@ pub(crate) async fn restore_rows(state: &Arc<State>) -> Result<(), EngineError> 
                 publish(state, &manifest, &bytes, snapshot, Committer::Start).await?;
                 tracing::info!(%snapshot, "a snapshot found in the storage was added to the catalog");
             }
-            Err(reason) => tracing::warn!(%snapshot, reason, "a manifest without a row is not a complete snapshot; it was left as it is"),
+            Err(reason) => {
+                tracing::warn!(%snapshot, reason, "a manifest without a row is not a complete snapshot; it was left as it is")
+            }
         }
     }
     Ok(())

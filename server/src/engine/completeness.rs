@@ -42,12 +42,17 @@ pub(crate) enum Checked {
 }
 
 /// Flags the tree chunks of `blocks` (ascending by sequence) that are complete; returns the blocks that hold others.
-pub(crate) fn flag_trees(state: &State, domain: DomainId, blocks: Vec<TreeBlock>) -> Result<Vec<TreeBlock>, EngineError> {
+pub(crate) fn flag_trees(
+    state: &State,
+    domain: DomainId,
+    blocks: Vec<TreeBlock>,
+) -> Result<Vec<TreeBlock>, EngineError> {
     let mut unfinished = Vec::new();
     for block in blocks {
         let Some(rows) = read_rows(state, block.pack, block.offset, block.bytes)? else { continue };
         let states = state.blocks.blocking_read();
-        if states.of(block.pack, block.offset) == BlockState::Live && !flag_block(state, &states, domain, block, &rows)? {
+        if states.of(block.pack, block.offset) == BlockState::Live && !flag_block(state, &states, domain, block, &rows)?
+        {
             unfinished.push(block);
         }
     }
@@ -55,7 +60,11 @@ pub(crate) fn flag_trees(state: &State, domain: DomainId, blocks: Vec<TreeBlock>
 }
 
 /// Flags the trees of `blocks` whatever their order: passes until nothing changes.
-pub(crate) fn flag_unordered_trees(state: &State, domain: DomainId, mut blocks: Vec<TreeBlock>) -> Result<(), EngineError> {
+pub(crate) fn flag_unordered_trees(
+    state: &State,
+    domain: DomainId,
+    mut blocks: Vec<TreeBlock>,
+) -> Result<(), EngineError> {
     loop {
         let before = blocks.len();
         blocks = flag_trees(state, domain, blocks)?;
@@ -66,8 +75,15 @@ pub(crate) fn flag_unordered_trees(state: &State, domain: DomainId, mut blocks: 
 }
 
 /// Flags one block's trees; whether all of them are complete now.
-fn flag_block(state: &State, states: &BlockStates, domain: DomainId, block: TreeBlock, rows: &[ChunkRow]) -> Result<bool, EngineError> {
-    let mut ids: Vec<ChunkId> = rows.iter().flat_map(|row| row.references.iter().map(|reference| reference.id)).collect();
+fn flag_block(
+    state: &State,
+    states: &BlockStates,
+    domain: DomainId,
+    block: TreeBlock,
+    rows: &[ChunkRow],
+) -> Result<bool, EngineError> {
+    let mut ids: Vec<ChunkId> =
+        rows.iter().flat_map(|row| row.references.iter().map(|reference| reference.id)).collect();
     ids.sort_unstable();
     ids.dedup();
     let found = state.index.find(domain, &ids)?;
@@ -150,11 +166,27 @@ enum Standing {
 
 impl<'a> Walk<'a> {
     /// Checks that everything below `roots` is known in `domain` to the holder of a lease of `lease_epoch`.
-    pub fn check(state: &'a State, domain: DomainId, lease_epoch: Option<u64>, roots: &[ChunkId]) -> Result<Checked, EngineError> {
+    pub fn check(
+        state: &'a State,
+        domain: DomainId,
+        lease_epoch: Option<u64>,
+        roots: &[ChunkId],
+    ) -> Result<Checked, EngineError> {
         let generation = state.blocks.blocking_read().generation;
         let (missing, missing_set, revive, settled, path, stack) = Default::default();
         let mut walk = Self {
-            state, domain, lease_epoch, generation, missing, missing_set, more: false, revive, settled, path, stack, pending: 0,
+            state,
+            domain,
+            lease_epoch,
+            generation,
+            missing,
+            missing_set,
+            more: false,
+            revive,
+            settled,
+            path,
+            stack,
+            pending: 0,
         };
         let references: Vec<Reference> = roots.iter().map(|&root| Reference::tree(root)).collect();
         let top = walk.node(ChunkId([0; 32]), None, references)?;

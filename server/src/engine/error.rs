@@ -37,7 +37,9 @@ pub enum EngineError {
         name: RepositoryName,
     },
     /// The repository could not be opened when the server started.
-    #[error("the repository `{name}` cannot be used: {reason}; its files were left as they are; remove the cause and restart the server")]
+    #[error(
+        "the repository `{name}` cannot be used: {reason}; its files were left as they are; remove the cause and restart the server"
+    )]
     Unusable {
         /// The name.
         name: RepositoryName,
@@ -63,7 +65,9 @@ pub enum EngineError {
         session: SessionId,
     },
     /// Commit and maintenance kept overtaking each other.
-    #[error("the snapshot was not committed: maintenance changed the repository {attempts} times while it was checked; everything sent is safe; commit again")]
+    #[error(
+        "the snapshot was not committed: maintenance changed the repository {attempts} times while it was checked; everything sent is safe; commit again"
+    )]
     Busy {
         /// How often it was tried.
         attempts: usize,

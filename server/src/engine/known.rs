@@ -65,7 +65,11 @@ impl BlockStates {
     }
 
     pub fn of(&self, pack: u32, offset: u32) -> BlockState {
-        if self.exceptions.is_empty() { BlockState::Live } else { self.exceptions.get(&(pack, offset)).copied().unwrap_or_default() }
+        if self.exceptions.is_empty() {
+            BlockState::Live
+        } else {
+            self.exceptions.get(&(pack, offset)).copied().unwrap_or_default()
+        }
     }
 
     pub fn set(&mut self, place: BlockPlace, state: BlockState) {

@@ -33,7 +33,12 @@ pub(crate) struct Recovered {
 }
 
 /// Recovers every pack of a repository and catches its index up. `rows` is what the catalog remembers of the packs.
-pub(crate) fn recover(common: &Common, paths: &RepositoryPaths, repository: RepositoryId, rows: &HashMap<u32, PackInfo>) -> Result<Recovered, EngineError> {
+pub(crate) fn recover(
+    common: &Common,
+    paths: &RepositoryPaths,
+    repository: RepositoryId,
+    rows: &HashMap<u32, PackInfo>,
+) -> Result<Recovered, EngineError> {
     for directory in [paths.packs(), paths.snapshots(), paths.keys(), paths.index()] {
         files::create_directory(&directory)?;
         files::remove_temporaries(&directory)?;
@@ -85,7 +90,13 @@ enum Opened {
     Scanned(PackContents),
 }
 
-fn open_pack(common: &Common, paths: &RepositoryPaths, repository: RepositoryId, number: u32, row: Option<&PackInfo>) -> Result<Option<Opened>, EngineError> {
+fn open_pack(
+    common: &Common,
+    paths: &RepositoryPaths,
+    repository: RepositoryId,
+    number: u32,
+    row: Option<&PackInfo>,
+) -> Result<Option<Opened>, EngineError> {
     let path = paths.pack(number);
     let file_bytes = fs::metadata(&path).map_err(StorageError::io("open", &path))?.len();
     if let Some(row) = row
@@ -168,7 +179,13 @@ fn catch_up(
     Ok((index, trees))
 }
 
-fn insert_block(index: &SegmentIndex, info: &PackInfo, file: &File, path: &Path, block: &FooterEntry) -> Result<(), EngineError> {
+fn insert_block(
+    index: &SegmentIndex,
+    info: &PackInfo,
+    file: &File,
+    path: &Path,
+    block: &FooterEntry,
+) -> Result<(), EngineError> {
     let ids = match read_ids(file, block).map_err(StorageError::io("read", path))? {
         Ok(ids) => ids,
         Err(error) => {

@@ -6,9 +6,7 @@ use bytes::Bytes;
 use strandline_actors::runtime::clock;
 use strandline_messages::format::block::BlockView;
 use strandline_messages::format::repository::RepositoryV1;
-use strandline_messages::{
-    AgentId, ChunkId, ChunkKind, DomainId, Durable, Sequence, SessionId, SnapshotId, limits,
-};
+use strandline_messages::{AgentId, ChunkId, ChunkKind, DomainId, Durable, Sequence, SessionId, SnapshotId, limits};
 
 use super::completeness::{flag_trees, flag_unordered_trees};
 use super::known::{BlockState, BlockStates, is_known};
@@ -171,7 +169,12 @@ impl Repository {
 
     /// Stores a block of the session: verifies format, repository and digest, and resolves when the block is durable and
     /// indexed. A block all of whose chunks are known is confirmed without being stored. Waits while the queue is full.
-    pub async fn store(&self, lease: &Lease, sequence: Sequence, block: Bytes) -> Result<Durable<Sequence>, StoreError> {
+    pub async fn store(
+        &self,
+        lease: &Lease,
+        sequence: Sequence,
+        block: Bytes,
+    ) -> Result<Durable<Sequence>, StoreError> {
         let fenced = |_| StoreError::Fenced { session: lease.session };
         self.state.assert_current(lease).map_err(fenced)?;
         let verified = {
@@ -263,7 +266,11 @@ impl Repository {
 
     /// Publishes what became of blocks, and takes the complete flag off the tree chunks `unflag`: one catalog transaction, and
     /// no query or check in between sees half of it. `Condemned` gets the current epoch, which is returned and then passes.
-    pub async fn publish_block_states(&self, changes: Vec<(BlockPlace, BlockState)>, unflag: Vec<ChunkId>) -> Result<u64, EngineError> {
+    pub async fn publish_block_states(
+        &self,
+        changes: Vec<(BlockPlace, BlockState)>,
+        unflag: Vec<ChunkId>,
+    ) -> Result<u64, EngineError> {
         self.state.publish_block_states(changes, unflag).await
     }
 
@@ -329,7 +336,8 @@ fn verify(state: &State, lease: &Lease, sequence: Sequence, bytes: Bytes) -> Res
     if header.kind == ChunkKind::Tree && state.has_tree_block(&lease.session, sequence) {
         return Ok(None);
     }
-    let known = known(state, lease, &ids, Some(header.kind)).map_err(|error| StoreError::Index { reason: error.to_string().into() })?;
+    let known = known(state, lease, &ids, Some(header.kind))
+        .map_err(|error| StoreError::Index { reason: error.to_string().into() })?;
     if known.iter().all(|&known| known) {
         return Ok(None);
     }

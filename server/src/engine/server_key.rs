@@ -43,7 +43,14 @@ impl ServerKey {
     }
 
     /// The server's signed statement about a commit.
-    pub fn receipt(&self, repository: RepositoryId, snapshot: SnapshotId, order: u64, committed_ns: i64, agent: AgentId) -> ReceiptV1 {
+    pub fn receipt(
+        &self,
+        repository: RepositoryId,
+        snapshot: SnapshotId,
+        order: u64,
+        committed_ns: i64,
+        agent: AgentId,
+    ) -> ReceiptV1 {
         let server_key = self.public;
         let mut receipt =
             ReceiptV1 { repository, snapshot, order, committed_ns, agent, server_key, signature: [0; 64] };

@@ -107,7 +107,12 @@ impl SegmentIndex {
         self.shared.tables().segments.len()
     }
 
-    fn put(&self, domain: u16, copies: impl Iterator<Item = (ChunkId, Copy)>, covered: Option<(u32, u32)>) -> Result<(), IndexError> {
+    fn put(
+        &self,
+        domain: u16,
+        copies: impl Iterator<Item = (ChunkId, Copy)>,
+        covered: Option<(u32, u32)>,
+    ) -> Result<(), IndexError> {
         if self.shared.signal.lock().closing {
             return Err(IndexError::Stuck { reason: "it is being closed".to_owned() });
         }
@@ -153,7 +158,8 @@ impl SegmentIndex {
         if !threads.is_empty() {
             return Ok(());
         }
-        let works: [(&str, fn(&Shared)); 2] = [("index-flush", Shared::flush_loop), ("index-merge", Shared::merge_loop)];
+        let works: [(&str, fn(&Shared)); 2] =
+            [("index-flush", Shared::flush_loop), ("index-merge", Shared::merge_loop)];
         for (name, work) in works {
             let shared = Arc::clone(&self.shared);
             let thread = std::thread::Builder::new().name(name.to_owned()).spawn(move || work(&shared));
@@ -301,24 +307,30 @@ impl Shared {
     }
 
     fn flush_loop(&self) {
-        self.work(|signal| std::mem::take(&mut signal.flush), || {
-            while self.flush_oldest()? {
-                let mut signal = self.signal.lock();
-                signal.merge = true;
-                self.changed.notify_all();
-                if signal.closing {
-                    break;
+        self.work(
+            |signal| std::mem::take(&mut signal.flush),
+            || {
+                while self.flush_oldest()? {
+                    let mut signal = self.signal.lock();
+                    signal.merge = true;
+                    self.changed.notify_all();
+                    if signal.closing {
+                        break;
+                    }
                 }
-            }
-            Ok(())
-        });
+                Ok(())
+            },
+        );
     }
 
     fn merge_loop(&self) {
-        self.work(|signal| std::mem::take(&mut signal.merge), || {
-            while !self.signal.lock().closing && self.merge_once()? {}
-            Ok(())
-        });
+        self.work(
+            |signal| std::mem::take(&mut signal.merge),
+            || {
+                while !self.signal.lock().closing && self.merge_once()? {}
+                Ok(())
+            },
+        );
     }
 
     fn work(&self, wanted: impl Fn(&mut Signal) -> bool, act: impl Fn() -> Result<(), IndexError>) {
@@ -376,7 +388,8 @@ impl Shared {
         let old = self.tables();
         // Tables flushed meanwhile stand in front of the run; it stays in one piece.
         let place = old.segments.iter().position(|segment| gone(segment.number)).unwrap_or(0);
-        let mut list: Vec<Arc<Segment>> = old.segments.iter().filter(|segment| !gone(segment.number)).cloned().collect();
+        let mut list: Vec<Arc<Segment>> =
+            old.segments.iter().filter(|segment| !gone(segment.number)).cloned().collect();
         list.insert(place.min(list.len()), merged);
         let next = IndexManifest { segments: list.iter().map(|segment| segment.number).collect(), ..book.clone() };
         self.publish(&mut book, next)?;

@@ -54,12 +54,12 @@ impl IndexManifest {
     /// Replaces the manifest of `directory`, durably; segments written there before become durable names with it.
     pub fn store(&self, directory: &Path) -> Result<(), IndexError> {
         let path = path(directory);
-        files::sync_directory(directory).and_then(|()| files::write_atomically(&path, &self.encode())).map_err(|error| {
-            match error {
+        files::sync_directory(directory).and_then(|()| files::write_atomically(&path, &self.encode())).map_err(
+            |error| match error {
                 StorageError::Io { source, .. } => IndexError::io("write", &path)(source),
                 _ => IndexError::damaged(&path, "the list of segments"),
-            }
-        })
+            },
+        )
     }
 
     fn encode(&self) -> Vec<u8> {

@@ -44,7 +44,10 @@ pub enum IndexError {
         why: &'static str,
     },
     /// No more writer domains fit.
-    #[error("the repository has reached {} writer domains, the most its chunk index can tell apart; nothing was changed", u16::MAX)]
+    #[error(
+        "the repository has reached {} writer domains, the most its chunk index can tell apart; nothing was changed",
+        u16::MAX
+    )]
     TooManyDomains,
     /// New entries cannot be written to disk, so no more are taken.
     #[error("the chunk index cannot write to disk ({reason}); backups are intact; free space on the server's disk")]

@@ -76,7 +76,13 @@ pub fn read_footer(file: &File, path: &Path) -> Result<Option<(PackFooterV1, u32
 }
 
 /// What a sealed pack holds, by its footer; by a scan if the footer is damaged. `number` is the file name's.
-pub fn contents(file: &File, path: &Path, number: u32, domain: DomainId, repository: RepositoryId) -> Result<PackContents, StorageError> {
+pub fn contents(
+    file: &File,
+    path: &Path,
+    number: u32,
+    domain: DomainId,
+    repository: RepositoryId,
+) -> Result<PackContents, StorageError> {
     let file_bytes = file.metadata().map_err(StorageError::io("read", path))?.len();
     let (blocks, blocks_end, sealed) = match read_footer(file, path)? {
         Some((footer, blocks_end)) => (footer.blocks, blocks_end, true),
@@ -108,7 +114,13 @@ pub fn scan(file: &File, path: &Path, repository: RepositoryId) -> Result<Vec<Fo
     Ok(blocks)
 }
 
-fn block_at(file: &File, at: u64, end: u64, repository: RepositoryId, buffer: &mut Vec<u8>) -> io::Result<Option<FooterEntry>> {
+fn block_at(
+    file: &File,
+    at: u64,
+    end: u64,
+    repository: RepositoryId,
+    buffer: &mut Vec<u8>,
+) -> io::Result<Option<FooterEntry>> {
     if end - at < FIXED_HEADER_BYTES as u64 {
         return Ok(None);
     }
@@ -148,7 +160,14 @@ fn next_magic(file: &File, from: u64, end: u64) -> io::Result<Option<u64>> {
 ///
 /// Never truncates. If the disk refuses the footer (full, failing) the pack stays unsealed, is still readable, and is
 /// recovered again at the next start.
-pub fn recover(ops: &dyn FileOps, file: &File, path: &Path, number: u32, domain: DomainId, repository: RepositoryId) -> Result<PackContents, StorageError> {
+pub fn recover(
+    ops: &dyn FileOps,
+    file: &File,
+    path: &Path,
+    number: u32,
+    domain: DomainId,
+    repository: RepositoryId,
+) -> Result<PackContents, StorageError> {
     let synced = ops.sync(file, path);
     // Advice: where the kernel ignores it the scan reads its cache, as any reader would.
     let _ = rustix::fs::fadvise(file, 0, None, rustix::fs::Advice::DontNeed);
@@ -189,7 +208,8 @@ mod tests {
     const REPOSITORY: RepositoryId = RepositoryId([3; 16]);
 
     fn pack_of(blocks: &[Vec<u8>]) -> (Vec<u8>, Vec<u32>) {
-        let mut bytes = PackHeaderV1 { repository: REPOSITORY, domain: DomainId::FULL, number: 1, created_ns: 0 }.encode();
+        let mut bytes =
+            PackHeaderV1 { repository: REPOSITORY, domain: DomainId::FULL, number: 1, created_ns: 0 }.encode();
         let mut offsets = Vec::new();
         for block in blocks {
             offsets.push(u32::try_from(bytes.len()).unwrap());

@@ -61,13 +61,17 @@ pub enum StoreError {
         expected: RepositoryId,
     },
     /// The session no longer holds its lease.
-    #[error("session {session} has ended or was superseded; its blocks are not taken any more, what was acknowledged is safe")]
+    #[error(
+        "session {session} has ended or was superseded; its blocks are not taken any more, what was acknowledged is safe"
+    )]
     Fenced {
         /// The session.
         session: SessionId,
     },
     /// No space left.
-    #[error("the disk is full ({source}); the block was not stored, what was acknowledged is safe; free space or prune, then run the backup again")]
+    #[error(
+        "the disk is full ({source}); the block was not stored, what was acknowledged is safe; free space or prune, then run the backup again"
+    )]
     Full {
         /// What the operating system said.
         source: Arc<io::Error>,
@@ -189,7 +193,6 @@ pub struct PackWriter {
     credit: Arc<Semaphore>,
     running: Mutex<Running>,
 }
-
 
 enum Running {
     Idle,
@@ -399,7 +402,8 @@ impl Worker {
     /// Appends as many of `blocks` as the open pack takes, syncs and indexes them; how many (at least one).
     fn write_part(&mut self, domain: DomainId, blocks: &[Queued]) -> Result<usize, StoreError> {
         let first = blocks.first().map_or(0, |(block, _)| block.bytes.len());
-        if self.open.get(&domain).is_some_and(|pack| !self.fits(pack.info.blocks_end.into(), pack.entries.len(), first)) {
+        if self.open.get(&domain).is_some_and(|pack| !self.fits(pack.info.blocks_end.into(), pack.entries.len(), first))
+        {
             self.seal(domain);
         }
         self.uses += 1;
@@ -475,7 +479,9 @@ impl Worker {
         let end = u64::from(pack.info.blocks_end);
         match pack_file::seal(self.shared.ops.as_ref(), &pack.file, &path, &pack.entries, end) {
             Ok(file_bytes) => self.shared.sink.pack_changed(PackInfo { sealed: true, file_bytes, ..pack.info }),
-            Err(error) => tracing::warn!(pack = pack.info.number, %error, "a pack could not be sealed; its blocks are intact, the next start seals it"),
+            Err(error) => {
+                tracing::warn!(pack = pack.info.number, %error, "a pack could not be sealed; its blocks are intact, the next start seals it")
+            }
         }
     }
 
