@@ -31,7 +31,9 @@ pub(crate) fn id(i: u64) -> ChunkId {
 fn block(repository: RepositoryId, kind: ChunkKind, rows: &[(ChunkId, Vec<Reference>)], body_bytes: usize) -> Vec<u8> {
     static NEXT: AtomicU64 = AtomicU64::new(0);
     let mut table = Vec::new();
-    rows.iter().for_each(|(id, references)| encode_row(kind, id, references, &mut table));
+    for (id, references) in rows {
+        encode_row(kind, id, references, &mut table);
+    }
     let header = BlockHeaderV1 {
         kind,
         codec: Codec::Zstd,
@@ -158,7 +160,8 @@ pub(crate) async fn open(dir: &Path) -> Engine {
 
 pub(crate) async fn open_small(dir: &Path, ops: Arc<dyn FileOps>) -> Engine {
     let sizes = Sizes { pack_bytes_max: 4096, index_flush_entries: 8 };
-    Engine::open_with(dir, options(), sizes, ops).await.unwrap()
+    let options = EngineOptions { group_commit_bytes: 1000, ..options() };
+    Engine::open_with(dir, options, sizes, ops).await.unwrap()
 }
 
 /// The one repository of a directory, made if need be.

@@ -1,6 +1,6 @@
 //! The engine as its callers see it.
 
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 use std::fs;
 use std::io;
 use std::sync::Arc;
@@ -505,15 +505,9 @@ async fn a_condemned_block_is_known_to_older_leases_only_and_revived_by_a_commit
     main.end_session(&first, SessionEnd::Aborted, "test").await.unwrap();
     let older = session(&main, 2, DomainId::FULL).await;
     let ids = [id(1), id(10), id(11)];
-    let places: BTreeMap<_, _> = main
-        .locate(DomainId::FULL, &ids)
-        .await
-        .unwrap()
-        .into_iter()
-        .flatten()
-        .map(|a| ((a.pack, a.offset), ()))
-        .collect();
-    let condemn = |state| places.keys().map(|&place| (place, state)).collect::<Vec<_>>();
+    let places: BTreeSet<_> =
+        main.locate(DomainId::FULL, &ids).await.unwrap().into_iter().flatten().map(|a| (a.pack, a.offset)).collect();
+    let condemn = |state| places.iter().map(|&place| (place, state)).collect::<Vec<_>>();
     let unflag = vec![id(10), id(11)];
     main.publish_block_states(condemn(BlockState::Condemned { epoch: 0 }), unflag.clone()).await.unwrap();
     let newer = session(&main, 3, DomainId::FULL).await;
