@@ -298,7 +298,7 @@ async fn find_repositories(common: &Common) -> Result<Vec<(RepositoryRow, Reposi
         match number {
             Some(number) => repositories.push((RepositoryRow { number, tenant, id: file.id }, file)),
             None => {
-                tracing::error!(%tenant, repository = %file.name, id = %file.id, "two repositories have one name; this one is not served")
+                tracing::error!(%tenant, repository = %file.name, id = %file.id, "two repositories have one name; this one is not served");
             }
         }
     }

@@ -19,7 +19,7 @@ use sqlx::{Sqlite, SqlitePool, Transaction};
 /// Connections of the pool: one writer at a time in any case, the others read.
 const CONNECTIONS_MAX: u32 = 4;
 /// How long a transaction waits for another to end.
-const BUSY_WAIT: Duration = Duration::from_secs(60);
+const BUSY_WAIT: Duration = Duration::from_mins(1);
 
 /// Why the catalog could not answer.
 #[derive(Debug, thiserror::Error)]

@@ -88,6 +88,9 @@ pub(crate) struct NewSession<'a> {
     pub now_ns: i64,
 }
 
+/// State, receipt, successor, epoch.
+type OldSession = (String, Option<Vec<u8>>, Option<Vec<u8>>, i64);
+
 impl Catalog {
     /// Opens a session, in one transaction with ending the one that it resumes. Also says which session that was.
     pub(crate) async fn open_session(&self, new: NewSession<'_>) -> Result<(Opened, Option<SessionId>), CatalogError> {
@@ -98,8 +101,7 @@ impl Catalog {
         let mut next = new.resume_of;
         for _ in 0..CHAIN_MAX {
             let Some(old) = next.take() else { break };
-            type Row = (String, Option<Vec<u8>>, Option<Vec<u8>>, i64);
-            let row: Option<Row> = sqlx::query_as(
+            let row: Option<OldSession> = sqlx::query_as(
                 "SELECT s.state, s.receipt, s.superseded_by, l.epoch FROM sessions s JOIN leases l ON l.session = s.id \
                  WHERE s.id = ? AND s.repository = ? AND s.agent = ? AND s.domain = ?",
             )

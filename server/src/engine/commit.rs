@@ -182,7 +182,7 @@ pub(crate) async fn restore_rows(state: &Arc<State>) -> Result<(), EngineError> 
                 tracing::info!(%snapshot, "a snapshot found in the storage was added to the catalog");
             }
             Err(reason) => {
-                tracing::warn!(%snapshot, reason, "a manifest without a row is not a complete snapshot; it was left as it is")
+                tracing::warn!(%snapshot, reason, "a manifest without a row is not a complete snapshot; it was left as it is");
             }
         }
     }

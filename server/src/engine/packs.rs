@@ -109,13 +109,13 @@ fn open_pack(
     let domain = match pack_file::read_header(&file, &path) {
         Ok(header) if header.repository == repository && header.number == number => header.domain,
         Err(error @ StorageError::Io { .. }) => return Err(error.into()),
-        _ => match row {
-            Some(row) => row.domain,
-            None => {
+        _ => {
+            let Some(row) = row else {
                 set_aside(paths, number)?;
                 return Ok(None);
-            }
-        },
+            };
+            row.domain
+        }
     };
     if pack_file::read_footer(&file, &path)?.is_some() {
         let contents = pack_file::contents(&file, &path, number, domain, repository)?;

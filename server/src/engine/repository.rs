@@ -288,7 +288,9 @@ impl Repository {
         let packs = self.state.take_changed_packs();
         let recorded = self.state.common.catalog.record_packs(self.state.number, &packs).await;
         if recorded.is_err() {
-            packs.into_iter().for_each(|pack| self.state.pack_stale(pack.number));
+            for pack in packs {
+                self.state.pack_stale(pack.number);
+            }
         }
         Ok(recorded?)
     }

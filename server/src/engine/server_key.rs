@@ -22,14 +22,13 @@ pub(crate) struct ServerKey {
 impl ServerKey {
     /// Reads the seed at `path`; makes one (mode 600) if there is none.
     pub fn load_or_make(path: &Path) -> Result<Self, EngineError> {
-        let seed = match files::read_small(path, SEED_BYTES)? {
-            Some(seed) => Zeroizing::new(seed),
-            None => {
-                let mut seed = Zeroizing::new(vec![0; SEED_BYTES]);
-                getrandom::fill(&mut seed).map_err(|error| EngineError::Key { reason: error.to_string() })?;
-                files::write_atomically(path, &seed)?;
-                seed
-            }
+        let seed = if let Some(seed) = files::read_small(path, SEED_BYTES)? {
+            Zeroizing::new(seed)
+        } else {
+            let mut seed = Zeroizing::new(vec![0; SEED_BYTES]);
+            getrandom::fill(&mut seed).map_err(|error| EngineError::Key { reason: error.to_string() })?;
+            files::write_atomically(path, &seed)?;
+            seed
         };
         let pair = Ed25519KeyPair::from_seed_unchecked(&seed);
         let pair = pair.map_err(|_| EngineError::Key { reason: format!("{} is not 32 bytes long", path.display()) })?;

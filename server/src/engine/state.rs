@@ -141,7 +141,8 @@ impl State {
                 flagged.filter_map(|(at, copy)| Some((*ids.get(*at as usize)?, *copy))).collect();
             self.index.flag(domain, &copies, false)?;
         }
-        Ok(())
+        // A flag that came back after a crash would stand above a freed block.
+        if ids.is_empty() { Ok(()) } else { Ok(self.index.sync()?) }
     }
 
     /// Lets a session write.

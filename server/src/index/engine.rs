@@ -50,6 +50,8 @@ struct Shared {
     domains: RwLock<Vec<DomainId>>,
     /// What the manifest on disk says.
     book: Mutex<IndexManifest>,
+    /// Held while a frozen table is written; taken before `book`.
+    flushing: Mutex<()>,
     signal: Mutex<Signal>,
     changed: Condvar,
     damaged: AtomicBool,
@@ -62,6 +64,9 @@ struct Tables {
     /// Newest first, all older than the frozen ones.
     segments: Vec<Arc<Segment>>,
 }
+
+/// What a background thread does until it is told to end.
+type Work = fn(&Shared);
 
 #[derive(Debug, Default)]
 struct Signal {
@@ -86,6 +91,7 @@ impl SegmentIndex {
             tables: RwLock::new(Arc::new(Tables { frozen: Vec::new(), segments })),
             domains: RwLock::new(book.domains.clone()),
             book: Mutex::new(book),
+            flushing: Mutex::default(),
             signal: Mutex::default(),
             changed: Condvar::new(),
             damaged: AtomicBool::new(false),
@@ -114,7 +120,7 @@ impl SegmentIndex {
         covered: Option<(u32, u32)>,
     ) -> Result<(), IndexError> {
         if self.shared.signal.lock().closing {
-            return Err(IndexError::Stuck { reason: "it is being closed".to_owned() });
+            return Err(closing());
         }
         if self.shared.active.read().len() >= self.shared.flush_entries {
             self.freeze(true)?;
@@ -132,6 +138,9 @@ impl SegmentIndex {
         let shared = &self.shared;
         let mut signal = shared.signal.lock();
         while wait && shared.tables().frozen.len() >= FROZEN_MAX {
+            if signal.closing {
+                return Err(closing());
+            }
             signal.flush = true;
             shared.changed.notify_all();
             if let Some(reason) = signal.error.take() {
@@ -158,8 +167,7 @@ impl SegmentIndex {
         if !threads.is_empty() {
             return Ok(());
         }
-        let works: [(&str, fn(&Shared)); 2] =
-            [("index-flush", Shared::flush_loop), ("index-merge", Shared::merge_loop)];
+        let works: [(&str, Work); 2] = [("index-flush", Shared::flush_loop), ("index-merge", Shared::merge_loop)];
         for (name, work) in works {
             let shared = Arc::clone(&self.shared);
             let thread = std::thread::Builder::new().name(name.to_owned()).spawn(move || work(&shared));
@@ -174,7 +182,9 @@ impl SegmentIndex {
             signal.closing = true;
             self.shared.changed.notify_all();
         }
-        for thread in self.threads.lock().drain(..) {
+        // Not joined under the lock: a writer that starts threads holds the signal, which they need in order to end.
+        let threads = std::mem::take(&mut *self.threads.lock());
+        for thread in threads {
             // A thread that panicked has nothing left to write; the packs have it all.
             let _ = thread.join();
         }
@@ -223,6 +233,10 @@ impl ChunkIndex for SegmentIndex {
 
     fn close(&self) -> Result<(), IndexError> {
         self.stop_threads();
+        self.sync()
+    }
+
+    fn sync(&self) -> Result<(), IndexError> {
         let unwritten = {
             let active = self.shared.active.read();
             !active.is_empty() || !active.covered.is_empty()
@@ -356,6 +370,7 @@ impl Shared {
 
     /// Writes the oldest frozen table as a segment; `false` if there is none.
     fn flush_oldest(&self) -> Result<bool, IndexError> {
+        let _one_at_a_time = self.flushing.lock();
         let Some(table) = self.tables().frozen.last().cloned() else { return Ok(false) };
         let entries = table.sorted();
         let number = self.new_number();
@@ -380,7 +395,7 @@ impl Shared {
         let Some(run) = merge_due(&sizes).and_then(|count| segments.get(..count)) else { return Ok(false) };
         let number = self.new_number();
         let entries: u64 = run.iter().map(|segment| segment.entries).sum();
-        let merged = Merge { heads: run.iter().map(|segment| segment.iter().peekable()).collect() };
+        let merged = Merge { heads: run.iter().map(|segment| segment.scan().peekable()).collect() };
         segment::write(&self.directory, number, usize::try_from(entries).unwrap_or(usize::MAX), merged)?;
         let merged = Arc::new(Segment::open(&self.directory, number, Arc::clone(&self.cache))?);
         let gone = |candidate: u64| run.iter().any(|segment| segment.number == candidate);
@@ -416,6 +431,10 @@ impl Shared {
         book.next_segment += 1;
         book.next_segment
     }
+}
+
+fn closing() -> IndexError {
+    IndexError::Stuck { reason: "it is being closed".to_owned() }
 }
 
 /// How many of the newest segments to merge: the longest run whose oldest member is no larger than the others together, so
@@ -465,19 +484,15 @@ impl Iterator for Merge<'_> {
     type Item = Result<Entry, IndexError>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        let mut least: Option<(usize, Entry)> = None;
-        for (place, head) in self.heads.iter_mut().enumerate() {
+        let mut least: Option<Entry> = None;
+        for head in &mut self.heads {
             match head.peek() {
-                None => {}
                 Some(Err(_)) => return head.next(),
-                Some(Ok(entry)) => {
-                    if least.is_none_or(|(_, other)| entry.key() < other.key()) {
-                        least = Some((place, *entry));
-                    }
-                }
+                Some(Ok(entry)) if least.is_none_or(|other| entry.key() < other.key()) => least = Some(*entry),
+                None | Some(Ok(_)) => {}
             }
         }
-        let (_, winner) = least?;
+        let winner = least?;
         for head in &mut self.heads {
             if matches!(head.peek(), Some(Ok(entry)) if entry.key() == winner.key()) {
                 head.next();
@@ -572,6 +587,9 @@ mod tests {
         assert_eq!(found(&index, id(1)), [Copy { complete: true, ..copy(1, 96) }]);
         index.flag(DOMAIN, &[(id(1), copy(1, 96))], false).unwrap();
         assert_eq!(found(&index, id(1)), [copy(1, 96)]);
+        index.sync().unwrap();
+        drop(index);
+        assert_eq!(found(&open(dir.path(), 3), id(1)), [copy(1, 96)], "synced changes survive a crash");
     }
 
     #[test]

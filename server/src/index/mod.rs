@@ -109,6 +109,8 @@ pub trait ChunkIndex: Send + Sync + std::fmt::Debug {
     fn domains(&self) -> Vec<DomainId>;
     /// How many entries there are; copies whose flag was changed may count twice until segments are merged.
     fn entries(&self) -> u64;
+    /// Writes everything to disk: for changes that must not be lost in a crash, as inserts may be.
+    fn sync(&self) -> Result<(), IndexError>;
     /// Writes everything to disk and stops the background work. Later inserts are errors, lookups still work.
     fn close(&self) -> Result<(), IndexError>;
 }

@@ -121,7 +121,7 @@ impl Segment {
     }
 
     /// All entries in order.
-    pub fn iter(&self) -> SegmentIter<'_> {
+    pub fn scan(&self) -> SegmentIter<'_> {
         SegmentIter { segment: self, page: 0, at: 0, current: None }
     }
 
@@ -354,7 +354,7 @@ mod tests {
         for i in 300..3000 {
             finder.find(&entry(i, 0).id, |_| panic!("{i} was never written")).unwrap();
         }
-        assert_eq!(segment.iter().map(Result::unwrap).collect::<Vec<_>>(), entries);
+        assert_eq!(segment.scan().map(Result::unwrap).collect::<Vec<_>>(), entries);
     }
 
     #[test]
@@ -363,7 +363,7 @@ mod tests {
         write(dir.path(), 0, 0, std::iter::empty()).unwrap();
         let segment = Segment::open(dir.path(), 0, Arc::new(PageCache::new(0))).unwrap();
         segment.finder().find(&ChunkId([0; 32]), |_| panic!("nothing is there")).unwrap();
-        assert_eq!(segment.iter().count(), 0);
+        assert_eq!(segment.scan().count(), 0);
     }
 
     #[test]
@@ -377,7 +377,7 @@ mod tests {
             bad[i] ^= 0x10;
             fs::write(path(dir.path(), 1), &bad).unwrap();
             let cache = Arc::new(PageCache::new(0));
-            let read = Segment::open(dir.path(), 1, cache).and_then(|s| s.iter().collect::<Result<Vec<_>, _>>());
+            let read = Segment::open(dir.path(), 1, cache).and_then(|s| s.scan().collect::<Result<Vec<_>, _>>());
             assert!(read.is_err(), "byte {i}");
         }
     }

@@ -347,8 +347,10 @@ impl Worker {
                 Job::Wake => lingers = false,
                 Job::Close => return (group, false),
             }
+            if bytes >= options.group_commit_bytes {
+                break;
+            }
             next = match jobs.try_recv() {
-                _ if bytes >= options.group_commit_bytes => None,
                 Ok(job) => Some(job),
                 Err(_) if lingers => jobs.recv_deadline(deadline).ok(),
                 Err(_) => None,
@@ -480,7 +482,7 @@ impl Worker {
         match pack_file::seal(self.shared.ops.as_ref(), &pack.file, &path, &pack.entries, end) {
             Ok(file_bytes) => self.shared.sink.pack_changed(PackInfo { sealed: true, file_bytes, ..pack.info }),
             Err(error) => {
-                tracing::warn!(pack = pack.info.number, %error, "a pack could not be sealed; its blocks are intact, the next start seals it")
+                tracing::warn!(pack = pack.info.number, %error, "a pack could not be sealed; its blocks are intact, the next start seals it");
             }
         }
     }
