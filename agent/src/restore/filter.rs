@@ -55,12 +55,11 @@ fn compile(patterns: &[String]) -> Result<GlobSet, RestoreError> {
             Ok(())
         };
         let body = pattern.trim_end_matches('/');
-        match body.strip_prefix('/') {
-            Some(anchored) => add(anchored)?,
-            None => {
-                add(body)?;
-                add(&format!("**/{body}"))?;
-            }
+        if let Some(anchored) = body.strip_prefix('/') {
+            add(anchored)?;
+        } else {
+            add(body)?;
+            add(&format!("**/{body}"))?;
         }
     }
     let failed = |error: globset::Error| RestoreError::Pattern { pattern: String::new(), why: error.to_string() };

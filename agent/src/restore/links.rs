@@ -43,8 +43,12 @@ pub(super) struct Links {
 #[derive(Default)]
 struct State {
     directory: Option<Arc<OwnedFd>>,
-    waiting: HashMap<(u64, u64), Vec<(Arc<Directory>, Meta)>>,
+    /// By device and inode.
+    waiting: HashMap<(u64, u64), Vec<Waiting>>,
 }
+
+/// An entry whose first link is still being written, and the directory that it belongs into.
+type Waiting = (Arc<Directory>, Meta);
 
 impl LinkKey {
     fn pair(&self) -> (u64, u64) {
@@ -73,18 +77,14 @@ impl Links {
             state.waiting.insert(key.pair(), Vec::new());
             return Linking::First;
         };
-        match link(restorer, &known, key.file_name().as_bytes(), directory, meta) {
-            Ok(()) => {
-                count(&restorer.issues.progress.hard_links);
-                forget_if_complete(&known, key);
-                Linking::Done
-            }
-            // Not known, or the system cannot link there (another file system, too many links): a copy of its own.
-            Err(_) => {
-                state.waiting.insert(key.pair(), Vec::new());
-                Linking::First
-            }
+        // An error: not known, or the system cannot link there (another file system, too many links): a copy of its own.
+        if link(restorer, &known, key.file_name().as_bytes(), directory, meta).is_err() {
+            state.waiting.insert(key.pair(), Vec::new());
+            return Linking::First;
         }
+        count(&restorer.issues.progress.hard_links);
+        forget_if_complete(&known, key);
+        Linking::Done
     }
 
     /// For an entry that is left as it is: whether it is the first of its inode.

@@ -80,10 +80,13 @@ enum Checked {
 
 fn check(restorer: &Restorer, directory: &Arc<Directory>, entry: &DirEntry) -> io::Result<Checked> {
     let EntryNode::File { size, content, holes } = &entry.entry.node else { return Ok(Checked::NotOurs) };
-    let handle = restorer.handles.open(directory)?;
     let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
     let never = restorer.options.overwrite == Overwrite::Never;
-    let opened = match rustix::fs::openat(&*handle, entry.entry.name.as_slice(), flags, Mode::empty()) {
+    let opened = restorer
+        .handles
+        .open(directory)
+        .and_then(|handle| Ok(rustix::fs::openat(&*handle, entry.entry.name.as_slice(), flags, Mode::empty())?));
+    let opened = match opened {
         Err(_) if never => return Ok(Checked::NotOurs),
         opened => opened?,
     };
