@@ -34,6 +34,8 @@ pub(super) struct Directory {
     /// What it will look like; the target itself keeps its attributes.
     meta: Option<Meta>,
     made: AtomicBool,
+    /// Made by this restore: nothing can be in it that the restore did not put there.
+    fresh: AtomicBool,
     failed: AtomicBool,
     /// The walk, unfinished files and unfinished directories in it.
     pending: AtomicUsize,
@@ -59,6 +61,7 @@ impl Directory {
             path: Vec::new(),
             meta: None,
             made: AtomicBool::new(true),
+            fresh: AtomicBool::new(false),
             failed: AtomicBool::new(false),
             pending: AtomicUsize::new(1),
         })
@@ -73,6 +76,7 @@ impl Directory {
             path: meta.path.clone(),
             meta: Some(meta),
             made: AtomicBool::new(false),
+            fresh: AtomicBool::new(false),
             failed: AtomicBool::new(false),
             pending: AtomicUsize::new(1),
         })
@@ -99,8 +103,14 @@ impl Directory {
         }
     }
 
+    /// Whether nothing was in it before this restore.
+    pub(super) fn is_fresh(&self) -> bool {
+        self.fresh.load(Ordering::Acquire)
+    }
+
     fn finish(self: &Arc<Self>, restorer: &Restorer) {
-        let Some(meta) = self.meta.as_ref().filter(|_| self.made.load(Ordering::Acquire)) else { return };
+        let ours = self.is_fresh() || restorer.options.overwrite != Overwrite::Never;
+        let Some(meta) = self.meta.as_ref().filter(|_| ours && self.made.load(Ordering::Acquire)) else { return };
         match restorer.handles.open_readable(self) {
             Ok(handle) => restorer.attributes.apply_to_open(&handle, meta, &restorer.issues),
             Err(error) => restorer.issues.add_flaw(&self.path, format!("its attributes cannot be set: {error}")),
@@ -149,7 +159,10 @@ impl Directory {
         let above = restorer.handles.open(parent)?;
         let make = || rustix::fs::mkdirat(&*above, self.name(), Mode::RWXU);
         match make() {
-            Ok(()) => return Ok(Made::Yes),
+            Ok(()) => {
+                self.fresh.store(true, Ordering::Release);
+                return Ok(Made::Yes);
+            }
             Err(Errno::EXIST) => {}
             Err(error) => return Err(error.into()),
         }
@@ -162,6 +175,7 @@ impl Directory {
         }
         rustix::fs::unlinkat(&*above, self.name(), AtFlags::empty())?;
         make()?;
+        self.fresh.store(true, Ordering::Release);
         Ok(Made::Yes)
     }
 }

@@ -71,7 +71,7 @@ impl Layout {
         regions.iter().zip(ends).map_while(move |((stream, file), end)| {
             let from = offset.max(*stream);
             let to = last.min(end);
-            (from < to).then(|| (file + (from - stream), to - from))
+            (from < to).then(|| (file.saturating_add(from - stream), to - from))
         })
     }
 }
@@ -234,5 +234,7 @@ mod tests {
         assert_eq!(parts(&sparse, 10, 1), [(25, 1)]);
         let empty = Layout::new(100, &[hole(0, 100)]);
         assert_eq!(empty.content, 0);
+        let absurd = Layout::new(u64::MAX, &[hole(0, u64::MAX)]);
+        assert_eq!(parts(&absurd, 5, 10), [(u64::MAX, 10)], "which the system will refuse");
     }
 }

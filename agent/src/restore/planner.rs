@@ -129,7 +129,7 @@ impl<'a> Planner<'a> {
             inode: entry.entry.inode,
             links: entry.entry.links,
         });
-        let existing = self.existing(&handle, entry)?;
+        let existing = if directory.is_fresh() { Existing::Nothing } else { self.existing(&handle, entry)? };
         if existing == Existing::Left {
             count(&restorer.issues.progress.left);
             // An unchanged file is the snapshot's; one that is left whatever it is may be anything: nothing is linked to it.

@@ -227,13 +227,13 @@ fn owners_go_by_number_unless_names_are_asked_for() {
         eprintln!("not shown on this machine: only root gives files away");
         return;
     }
-    let mut repo = MemoryRepository::new();
+    let repo = MemoryRepository::new();
     let mut root = DirMaker::default();
     let known = root.owner(4001, 4001, "root", "root");
     root.inline(b"known", b"").owner = known;
     let unknown = root.owner(4001, 4002, "nobody-here", "nobody-here");
     root.inline(b"unknown", b"").owner = unknown;
-    let mut case = Case::new(repo_and(&mut repo), root);
+    let mut case = Case::new(repo, root);
     let owner = |case: &Case, name: &str| {
         let stat = fs::metadata(case.path(name)).unwrap();
         (stat.uid(), stat.gid())
@@ -246,8 +246,38 @@ fn owners_go_by_number_unless_names_are_asked_for() {
     assert_eq!(owner(&case, "unknown"), (4001, 4002));
 }
 
-fn repo_and(repo: &mut MemoryRepository) -> MemoryRepository {
-    std::mem::replace(repo, MemoryRepository::new())
+#[test]
+fn without_privilege_owners_are_skipped_and_set_id_bits_are_not_given_away() {
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("not shown on this machine: needs root to become somebody else");
+        return;
+    }
+    let repo = MemoryRepository::new();
+    let mut root = DirMaker::default();
+    let foreign = root.owner(4001, 4001, "", "");
+    let entry = root.inline(b"foreign", b"");
+    (entry.owner, entry.mode) = (foreign, 0o6755);
+    entry.xattrs = vec![Xattr { name: b"trusted.x".to_vec(), value: b"x".to_vec() }];
+    let own = root.owner(65_534, 65_534, "", "");
+    let entry = root.inline(b"own", b"");
+    (entry.owner, entry.mode) = (own, 0o4755);
+    root.add(b"device", EntryNode::CharDevice { major: 1, minor: 3 });
+    let case = Case::new(repo, root);
+    std::os::unix::fs::chown(case.target.path(), Some(65_534), Some(65_534)).unwrap();
+    let report = std::thread::scope(|scope| {
+        let restored = scope.spawn(|| {
+            // Of this thread and those that it starts alone.
+            let (uid, gid) = (rustix::thread::Uid::from_raw(65_534), rustix::thread::Gid::from_raw(65_534));
+            rustix::thread::set_thread_res_gid(gid, gid, gid).unwrap();
+            rustix::thread::set_thread_res_uid(uid, uid, uid).unwrap();
+            case.run()
+        });
+        restored.join().unwrap()
+    });
+    let mode = |name: &str| fs::metadata(case.path(name)).unwrap().mode() & 0o7777;
+    assert_eq!((mode("foreign"), mode("own")), (0o755, 0o4755));
+    assert_eq!((report.owners_skipped, report.attributes_skipped, report.issues_total), (1, 1, 1));
+    assert_eq!(report.issues[0].path, b"device");
 }
 
 #[test]
@@ -429,8 +459,10 @@ fn overwriting_never_leaves_whatever_exists() {
     fs::write(case.path("keep/one.txt"), "mine").unwrap();
     fs::write(case.path("keep/deep"), "mine").unwrap();
     symlink("/nowhere", case.path("other.txt")).unwrap();
+    fs::set_permissions(case.path("keep"), fs::Permissions::from_mode(0o711)).unwrap();
     let report = case.run_clean();
     assert_eq!((report.left, report.files), (3, 1));
+    assert_eq!(fs::metadata(case.path("keep")).unwrap().mode() & 0o777, 0o711, "nor are directories changed");
     assert_eq!(case.read("keep/one.txt"), b"mine");
     assert_eq!(case.read("keep/deep"), b"mine");
     assert_eq!(case.read("keep/two.bin"), b"two");
