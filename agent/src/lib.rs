@@ -14,5 +14,6 @@ pub mod job;
 pub mod keys;
 pub mod net;
 pub mod scan;
+pub mod restore;
 pub mod seal;
 pub mod trees;

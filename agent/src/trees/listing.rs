@@ -107,16 +107,14 @@ impl Iterator for Leaves {
             let (id, level, ahead) = match (self.top.take(), self.stack.last_mut()) {
                 (Some(top), _) => (top, u8::MAX, std::mem::take(&mut self.ahead)),
                 (None, None) => return None,
-                (None, Some(frame)) => match frame.children.next() {
-                    Some(id) => {
-                        let ahead = frame.children.as_slice().iter().take(AHEAD_MAX).copied().collect();
-                        (id, frame.level, ahead)
-                    }
-                    None => {
+                (None, Some(frame)) => {
+                    let Some(id) = frame.children.next() else {
                         self.stack.pop();
                         continue;
-                    }
-                },
+                    };
+                    let ahead = frame.children.as_slice().iter().take(AHEAD_MAX).copied().collect();
+                    (id, frame.level, ahead)
+                }
             };
             match self.enter(id, level, &ahead) {
                 Ok(None) => {}
@@ -134,7 +132,7 @@ pub struct Entries {
 }
 
 impl Entries {
-    pub(super) fn new(reader: TreeReader, directory: ChunkId) -> Self {
+    pub(super) fn new(reader: &TreeReader, directory: ChunkId) -> Self {
         Self { leaves: reader.leaves(directory, ListKind::Directory), current: Vec::new().into_iter() }
     }
 
@@ -177,7 +175,7 @@ pub struct Pieces {
 }
 
 impl Pieces {
-    pub(super) fn new(reader: TreeReader, file: &DirEntry) -> Self {
+    pub(super) fn new(reader: &TreeReader, file: &DirEntry) -> Self {
         let mut pieces = Self {
             leaves: None,
             node: file.node,
@@ -238,7 +236,7 @@ pub struct SourceErrors {
 }
 
 impl SourceErrors {
-    pub(super) fn new(reader: TreeReader, top: ChunkId) -> Self {
+    pub(super) fn new(reader: &TreeReader, top: ChunkId) -> Self {
         Self { leaves: reader.leaves(top, ListKind::Errors), current: Vec::new().into_iter() }
     }
 }

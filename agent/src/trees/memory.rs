@@ -31,7 +31,7 @@ pub(crate) struct MemoryRepository {
 pub(crate) struct MemorySource {
     opener: Opener,
     pub(crate) blocks: Mutex<Vec<Vec<u8>>>,
-    pub(crate) places: Mutex<HashMap<ChunkId, usize>>,
+    places: Mutex<HashMap<ChunkId, usize>>,
     /// How many fetches there were.
     pub(crate) fetches: AtomicUsize,
     /// After how many fetches the connection is lost.
@@ -151,7 +151,7 @@ impl ChunkSource for MemorySource {
 #[derive(Default)]
 pub(crate) struct DirMaker {
     pub(crate) entries: Vec<Entry>,
-    references: Vec<Reference>,
+    pub(crate) references: Vec<Reference>,
     owners: Vec<Owner>,
 }
 

@@ -100,17 +100,17 @@ impl TreeReader {
 
     /// The entries of the directory whose top node is `directory`, in the order of their names.
     pub fn entries(&self, directory: ChunkId) -> Entries {
-        Entries::new(self.clone(), directory)
+        Entries::new(self, directory)
     }
 
     /// The content pieces of a file, in order: chunk and length in bytes. Inline content has none.
     pub fn pieces(&self, file: &DirEntry) -> Pieces {
-        Pieces::new(self.clone(), file)
+        Pieces::new(self, file)
     }
 
     /// The error list of a snapshot.
     pub fn source_errors(&self, top: ChunkId) -> SourceErrors {
-        SourceErrors::new(self.clone(), top)
+        SourceErrors::new(self, top)
     }
 
     /// Everything below `directory`, depth first, in the order of the names. `path` is put before every path.

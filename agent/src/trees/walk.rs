@@ -28,7 +28,7 @@ pub struct WalkError {
     /// The directory concerned.
     pub path: Vec<u8>,
     /// What happened.
-    pub error: TreeError,
+    pub error: Box<TreeError>,
 }
 
 /// Iterates over everything below a directory: path and step. The path of a [`Step::Leave`] is the directory's.
@@ -66,7 +66,7 @@ impl Walk {
     fn enter(&mut self, entry: DirEntry, top: ChunkId) -> Result<(Vec<u8>, Step), WalkError> {
         let path = self.path_of(&entry.entry.name);
         if self.frames.len() >= DEPTH_MAX {
-            return Err(WalkError { path, error: TreeError::TooDeep { max: DEPTH_MAX } });
+            return Err(WalkError { path, error: Box::new(TreeError::TooDeep { max: DEPTH_MAX }) });
         }
         let ahead = self.frames.last().map(|frame| frame.entries.directories_ahead()).unwrap_or_default();
         let entries = self.reader.entries(top).with_ahead(ahead);
@@ -93,7 +93,7 @@ impl Iterator for Walk {
         let frame = self.frames.last_mut()?;
         let entry = match frame.entries.next() {
             Some(Ok(entry)) => entry,
-            Some(Err(error)) => return Some(Err(WalkError { path: self.path.clone(), error })),
+            Some(Err(error)) => return Some(Err(WalkError { path: self.path.clone(), error: error.into() })),
             None => {
                 let path = self.path.clone();
                 self.pop();
@@ -106,7 +106,7 @@ impl Iterator for Walk {
         match entry.directory_top() {
             Ok(Some(top)) => Some(self.enter(entry, top)),
             Ok(None) => Some(Ok((self.path_of(&entry.entry.name), Step::Entry(entry)))),
-            Err(error) => Some(Err(WalkError { path: self.path_of(&entry.entry.name), error })),
+            Err(error) => Some(Err(WalkError { path: self.path_of(&entry.entry.name), error: error.into() })),
         }
     }
 }

@@ -1,0 +1,175 @@
+//! Attributes: owner, extended attributes and ACLs, mode, modification time, in that order.
+//!
+//! The order matters: changing the owner clears set-id bits and file capabilities, and the mode's group bits are the mask
+//! of an ACL. A set-id bit is not given to a file whose owner could not be set.
+
+use std::collections::HashMap;
+use std::fs;
+use std::os::fd::{AsFd, AsRawFd};
+
+use rustix::fs::{AtFlags, Gid, Mode, Timespec, Timestamps, UTIME_OMIT, Uid, XattrFlags};
+use rustix::io::Errno;
+use strandline_messages::format::tree::{EntryNode, Owner, Timestamp, Xattr};
+
+use super::report::{Issues, count};
+use crate::trees::DirEntry;
+
+const SET_ID_BITS: u32 = 0o6000;
+
+/// What an entry will look like.
+#[derive(Clone, Debug)]
+pub(super) struct Meta {
+    /// Path in the snapshot, for messages.
+    pub(super) path: Vec<u8>,
+    pub(super) name: Vec<u8>,
+    pub(super) mtime: Timestamp,
+    mode: u16,
+    owner: Owner,
+    xattrs: Vec<Xattr>,
+    is_symlink: bool,
+}
+
+impl Meta {
+    pub(super) fn new(path: Vec<u8>, entry: &DirEntry) -> Self {
+        let owner = entry.owner();
+        let entry = &entry.entry;
+        Self {
+            path,
+            name: entry.name.clone(),
+            mtime: entry.mtime,
+            mode: entry.mode,
+            owner,
+            xattrs: entry.xattrs.clone(),
+            is_symlink: matches!(entry.node, EntryNode::Symlink { .. }),
+        }
+    }
+
+    fn times(&self) -> Timestamps {
+        Timestamps {
+            last_access: Timespec { tv_sec: 0, tv_nsec: UTIME_OMIT },
+            last_modification: Timespec { tv_sec: self.mtime.seconds, tv_nsec: self.mtime.nanos.into() },
+        }
+    }
+
+    fn mode_bits(&self, owned: bool) -> Mode {
+        let mode = u32::from(self.mode);
+        Mode::from_raw_mode(if owned { mode } else { mode & !SET_ID_BITS })
+    }
+}
+
+/// Sets attributes as far as this process may.
+pub(super) struct Attributes {
+    privileged: bool,
+    uid: u32,
+    gid: u32,
+    users: HashMap<Vec<u8>, u32>,
+    groups: HashMap<Vec<u8>, u32>,
+}
+
+impl Attributes {
+    pub(super) fn new(owners_by_name: bool) -> Self {
+        let names = |file| if owners_by_name { names_of(&fs::read(file).unwrap_or_default()) } else { HashMap::new() };
+        let uid = rustix::process::geteuid();
+        Self {
+            privileged: uid.is_root(),
+            uid: uid.as_raw(),
+            gid: rustix::process::getegid().as_raw(),
+            users: names("/etc/passwd"),
+            groups: names("/etc/group"),
+        }
+    }
+
+    /// For files and directories that are open (not by O_PATH).
+    pub(super) fn apply_to_open(&self, handle: &impl AsFd, meta: &Meta, issues: &Issues) {
+        let owned = self.owner(meta, issues, |uid, gid| rustix::fs::fchown(handle, Some(uid), Some(gid)));
+        self.xattrs(meta, issues, |xattr| {
+            rustix::fs::fsetxattr(handle, xattr.name.as_slice(), &xattr.value, XattrFlags::empty())
+        });
+        report(meta, issues, "mode", rustix::fs::fchmod(handle, meta.mode_bits(owned)));
+        report(meta, issues, "time", rustix::fs::futimens(handle, &meta.times()));
+    }
+
+    /// For links, pipes, sockets and devices: `name` in `directory`, never followed.
+    pub(super) fn apply_to_name(&self, directory: &impl AsFd, name: &[u8], meta: &Meta, issues: &Issues) {
+        let owned = self.owner(meta, issues, |uid, gid| {
+            rustix::fs::chownat(directory, name, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW)
+        });
+        if !meta.xattrs.is_empty() {
+            // There is no call for an attribute of a name in a directory; /proc leads to it without following the name.
+            let mut path = format!("/proc/self/fd/{}/", directory.as_fd().as_raw_fd()).into_bytes();
+            path.extend_from_slice(name);
+            self.xattrs(meta, issues, |xattr| {
+                rustix::fs::lsetxattr(path.as_slice(), xattr.name.as_slice(), &xattr.value, XattrFlags::empty())
+            });
+        }
+        if !meta.is_symlink {
+            let mode = rustix::fs::chmodat(directory, name, meta.mode_bits(owned), AtFlags::empty());
+            report(meta, issues, "mode", mode);
+        }
+        let times = rustix::fs::utimensat(directory, name, &meta.times(), AtFlags::SYMLINK_NOFOLLOW);
+        report(meta, issues, "time", times);
+    }
+
+    /// Whether the owner is as it should be afterwards.
+    fn owner(&self, meta: &Meta, issues: &Issues, set: impl FnOnce(Uid, Gid) -> Result<(), Errno>) -> bool {
+        let uid = self.users.get(&meta.owner.user).copied().unwrap_or(meta.owner.uid);
+        let gid = self.groups.get(&meta.owner.group).copied().unwrap_or(meta.owner.gid);
+        if !self.privileged {
+            let already = uid == self.uid && gid == self.gid;
+            if !already {
+                count(&issues.progress.owners_skipped);
+            }
+            return already;
+        }
+        // The numbers with all bits set mean "do not change" to the system.
+        if uid == u32::MAX || gid == u32::MAX {
+            issues.add_flaw(&meta.path, "its owner is not a legal number".into());
+            return false;
+        }
+        match set(Uid::from_raw(uid), Gid::from_raw(gid)) {
+            Ok(()) => true,
+            Err(Errno::PERM) => {
+                count(&issues.progress.owners_skipped);
+                false
+            }
+            Err(error) => {
+                issues.add_flaw(&meta.path, format!("its owner cannot be set: {error}"));
+                false
+            }
+        }
+    }
+
+    fn xattrs(&self, meta: &Meta, issues: &Issues, set: impl Fn(&Xattr) -> Result<(), Errno>) {
+        for xattr in &meta.xattrs {
+            let system = !xattr.name.starts_with(b"user.") && !xattr.name.starts_with(b"system.posix_acl_");
+            match set(xattr) {
+                Ok(()) => {}
+                Err(Errno::PERM | Errno::ACCESS) if system && !self.privileged => {
+                    count(&issues.progress.attributes_skipped);
+                }
+                Err(Errno::OPNOTSUPP) if system => count(&issues.progress.attributes_skipped),
+                Err(error) => {
+                    let name = String::from_utf8_lossy(&xattr.name);
+                    issues.add_flaw(&meta.path, format!("its attribute {name} cannot be set: {error}"));
+                }
+            }
+        }
+    }
+}
+
+fn report(meta: &Meta, issues: &Issues, what: &str, result: Result<(), Errno>) {
+    if let Err(error) = result {
+        issues.add_flaw(&meta.path, format!("its {what} cannot be set: {error}"));
+    }
+}
+
+/// Names and numbers of `/etc/passwd` or `/etc/group`.
+fn names_of(file: &[u8]) -> HashMap<Vec<u8>, u32> {
+    let line = |line: &[u8]| {
+        let mut fields = line.split(|byte| *byte == b':');
+        let name = fields.next().filter(|name| !name.is_empty())?.to_vec();
+        let number = std::str::from_utf8(fields.nth(1)?).ok()?.parse().ok()?;
+        Some((name, number))
+    };
+    file.split(|byte| *byte == b'\n').filter_map(line).collect()
+}

@@ -1,0 +1,263 @@
+//! Directories of the target: who is in which, when one is finished, and their descriptors.
+//!
+//! Descriptors are opened from the parent's, one name at a time, never through a symbolic link, and kept in a small cache:
+//! a tree may have more directories under way than a process may have descriptors.
+
+use std::collections::HashMap;
+use std::fs::DirBuilder;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+
+use parking_lot::Mutex;
+use rustix::fs::{AtFlags, FileType, Mode, OFlags};
+use rustix::io::Errno;
+
+use super::attributes::Meta;
+use super::report::count;
+use super::{Overwrite, Restorer};
+
+/// Descriptors of directories kept open.
+const OPEN_MAX: usize = 128;
+
+static NUMBERS: AtomicU64 = AtomicU64::new(0);
+
+/// One directory of the target.
+pub(super) struct Directory {
+    number: u64,
+    parent: Option<Arc<Directory>>,
+    /// Path in the snapshot, for messages.
+    pub(super) path: Vec<u8>,
+    /// What it will look like; the target itself keeps its attributes.
+    meta: Option<Meta>,
+    made: AtomicBool,
+    /// Made by this restore: nothing can be in it that the restore did not put there.
+    fresh: AtomicBool,
+    failed: AtomicBool,
+    /// The walk, unfinished files and unfinished directories in it.
+    pending: AtomicUsize,
+}
+
+/// What became of a directory that was to be made.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Made {
+    /// It is there.
+    Yes,
+    /// Something else bears its name and is to be left.
+    Left,
+    /// It cannot be made; recorded.
+    Failed,
+}
+
+impl Directory {
+    /// The target itself.
+    pub(super) fn target() -> Arc<Self> {
+        Arc::new(Self {
+            number: NUMBERS.fetch_add(1, Ordering::Relaxed),
+            parent: None,
+            path: Vec::new(),
+            meta: None,
+            made: AtomicBool::new(true),
+            fresh: AtomicBool::new(false),
+            failed: AtomicBool::new(false),
+            pending: AtomicUsize::new(1),
+        })
+    }
+
+    /// A directory below `parent`, which waits for it.
+    pub(super) fn below(parent: &Arc<Self>, meta: Meta) -> Arc<Self> {
+        parent.hold();
+        Arc::new(Self {
+            number: NUMBERS.fetch_add(1, Ordering::Relaxed),
+            parent: Some(Arc::clone(parent)),
+            path: meta.path.clone(),
+            meta: Some(meta),
+            made: AtomicBool::new(false),
+            fresh: AtomicBool::new(false),
+            failed: AtomicBool::new(false),
+            pending: AtomicUsize::new(1),
+        })
+    }
+
+    fn name(&self) -> &[u8] {
+        self.meta.as_ref().map(|meta| meta.name.as_slice()).unwrap_or_default()
+    }
+
+    /// One more thing in it is unfinished.
+    pub(super) fn hold(&self) {
+        self.pending.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// One thing in it is finished. The last sets its attributes, and so on upwards.
+    pub(super) fn release(self: &Arc<Self>, restorer: &Restorer) {
+        let mut directory = Some(self);
+        while let Some(current) = directory {
+            if current.pending.fetch_sub(1, Ordering::AcqRel) != 1 {
+                return;
+            }
+            current.finish(restorer);
+            directory = current.parent.as_ref();
+        }
+    }
+
+    /// Whether nothing was in it before this restore.
+    pub(super) fn is_fresh(&self) -> bool {
+        self.fresh.load(Ordering::Acquire)
+    }
+
+    fn finish(self: &Arc<Self>, restorer: &Restorer) {
+        let ours = self.is_fresh() || restorer.options.overwrite != Overwrite::Never;
+        let Some(meta) = self.meta.as_ref().filter(|_| ours && self.made.load(Ordering::Acquire)) else { return };
+        match restorer.handles.open_readable(self) {
+            Ok(handle) => restorer.attributes.apply_to_open(&handle, meta, &restorer.issues),
+            Err(error) => restorer.issues.add_flaw(&self.path, format!("its attributes cannot be set: {error}")),
+        }
+        restorer.handles.forget(self.number);
+    }
+
+    /// Makes the directory and those above it that do not exist yet. Called by the planner only.
+    pub(super) fn ensure(self: &Arc<Self>, restorer: &Restorer) -> Made {
+        let mut missing = Vec::new();
+        let mut current = self;
+        while !current.made.load(Ordering::Acquire) {
+            if current.failed.load(Ordering::Acquire) {
+                return Made::Failed;
+            }
+            missing.push(current);
+            match &current.parent {
+                Some(parent) => current = parent,
+                None => break,
+            }
+        }
+        for directory in missing.into_iter().rev() {
+            match directory.make(restorer) {
+                Ok(Made::Yes) => {
+                    directory.made.store(true, Ordering::Release);
+                    count(&restorer.issues.progress.directories);
+                }
+                Ok(other) => {
+                    directory.failed.store(true, Ordering::Release);
+                    count(&restorer.issues.progress.left);
+                    return other;
+                }
+                Err(error) => {
+                    directory.failed.store(true, Ordering::Release);
+                    let reason = format!("the directory cannot be made: {error}; nothing below it was restored");
+                    restorer.issues.add(&directory.path, reason);
+                    return Made::Failed;
+                }
+            }
+        }
+        Made::Yes
+    }
+
+    fn make(&self, restorer: &Restorer) -> io::Result<Made> {
+        let Some(parent) = &self.parent else { return Ok(Made::Yes) };
+        let above = restorer.handles.open(parent)?;
+        let make = || rustix::fs::mkdirat(&*above, self.name(), Mode::RWXU);
+        match make() {
+            Ok(()) => {
+                self.fresh.store(true, Ordering::Release);
+                return Ok(Made::Yes);
+            }
+            Err(Errno::EXIST) => {}
+            Err(error) => return Err(error.into()),
+        }
+        let stat = rustix::fs::statat(&*above, self.name(), AtFlags::SYMLINK_NOFOLLOW)?;
+        if FileType::from_raw_mode(stat.st_mode) == FileType::Directory {
+            return Ok(Made::Yes);
+        }
+        if restorer.options.overwrite == Overwrite::Never {
+            return Ok(Made::Left);
+        }
+        rustix::fs::unlinkat(&*above, self.name(), AtFlags::empty())?;
+        make()?;
+        self.fresh.store(true, Ordering::Release);
+        Ok(Made::Yes)
+    }
+}
+
+/// Open descriptors of directories.
+pub(super) struct Handles {
+    target: Arc<OwnedFd>,
+    open: Mutex<Open>,
+}
+
+#[derive(Default)]
+struct Open {
+    clock: u64,
+    handles: HashMap<u64, (Arc<OwnedFd>, u64)>,
+}
+
+impl Handles {
+    /// Makes the target if need be and opens it.
+    pub(super) fn open_target(path: &Path) -> io::Result<Self> {
+        DirBuilder::new().recursive(true).mode(0o777).create(path)?;
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let target = rustix::fs::open(path, flags, Mode::empty())?;
+        Ok(Self { target: Arc::new(target), open: Mutex::new(Open::default()) })
+    }
+
+    /// The target's own descriptor.
+    pub(super) fn target(&self) -> &Arc<OwnedFd> {
+        &self.target
+    }
+
+    /// A descriptor of the directory, good for `…at` calls.
+    pub(super) fn open(&self, directory: &Arc<Directory>) -> io::Result<Arc<OwnedFd>> {
+        let mut below = Vec::new();
+        let mut current = directory;
+        let mut handle = loop {
+            if let Some(handle) = self.kept(current.number) {
+                break handle;
+            }
+            match &current.parent {
+                None => break Arc::clone(&self.target),
+                Some(parent) => {
+                    below.push(current);
+                    current = parent;
+                }
+            }
+        };
+        for directory in below.into_iter().rev() {
+            let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+            handle = Arc::new(rustix::fs::openat(&*handle, directory.name(), flags, Mode::empty())?);
+            self.keep(directory.number, &handle);
+        }
+        Ok(handle)
+    }
+
+    /// A real descriptor of the directory: attributes cannot be set through the others.
+    pub(super) fn open_readable(&self, directory: &Arc<Directory>) -> io::Result<OwnedFd> {
+        let handle = self.open(directory)?;
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        Ok(rustix::fs::openat(&*handle, c".", flags, Mode::empty())?)
+    }
+
+    fn kept(&self, number: u64) -> Option<Arc<OwnedFd>> {
+        let mut open = self.open.lock();
+        open.clock += 1;
+        let now = open.clock;
+        let (handle, used) = open.handles.get_mut(&number)?;
+        *used = now;
+        Some(Arc::clone(handle))
+    }
+
+    fn keep(&self, number: u64, handle: &Arc<OwnedFd>) {
+        let mut open = self.open.lock();
+        open.clock += 1;
+        let now = open.clock;
+        if open.handles.len() >= OPEN_MAX {
+            let oldest = open.handles.iter().min_by_key(|(_, (_, used))| *used).map(|(number, _)| *number);
+            oldest.and_then(|oldest| open.handles.remove(&oldest));
+        }
+        open.handles.insert(number, (Arc::clone(handle), now));
+    }
+
+    fn forget(&self, number: u64) {
+        self.open.lock().handles.remove(&number);
+    }
+}

@@ -1,0 +1,281 @@
+//! The planner: walks the tree in order, makes what has no content at once, and cuts the rest into windows.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use crossbeam_channel::{Sender, bounded};
+use rustix::fs::{AtFlags, Dev, FileType, Mode};
+use rustix::io::Errno;
+use strandline_messages::format::tree::{Content, EntryNode};
+
+use super::attributes::Meta;
+use super::directories::{Directory, Made};
+use super::file_job::{FileJob, Layout, put_in_place};
+use super::links::{LinkKey, Linking};
+use super::report::count;
+use super::window::{Draft, Target, Window};
+use super::{Overwrite, Restorer, walk_prefix, walkable};
+use crate::trees::{DirEntry, Resolved, Step};
+
+pub(super) struct Planner<'a> {
+    restorer: &'a Restorer,
+    draft: Draft,
+    /// One queue of one window per writer: the window being written, the one waiting, and the one being planned are all
+    /// that exist.
+    writers: Vec<Sender<Arc<Window>>>,
+    /// Directories that the walk is in, and whether an include pattern matched them or one above.
+    stack: Vec<(Arc<Directory>, bool)>,
+}
+
+/// What is at an entry's place in the target.
+#[derive(PartialEq, Eq)]
+enum Existing {
+    Nothing,
+    Left,
+    Replaced,
+}
+
+impl<'a> Planner<'a> {
+    /// Walks and writes everything; returns when all threads are done.
+    pub(super) fn run(restorer: &'a Restorer, top: &Arc<Directory>, start: &Resolved) {
+        std::thread::scope(|scope| {
+            let mut writers = Vec::new();
+            for _ in 0..restorer.options.writers.max(1) {
+                let (sender, receiver) = bounded::<Arc<Window>>(1);
+                writers.push(sender);
+                scope.spawn(move || receiver.iter().for_each(|window| window.empty(restorer)));
+            }
+            let stack = vec![(Arc::clone(top), false)];
+            let mut planner = Self { restorer, draft: Draft::default(), writers, stack };
+            planner.plan(start);
+            planner.flush();
+            while let Some((directory, _)) = planner.stack.pop() {
+                directory.release(restorer);
+            }
+        });
+    }
+
+    fn plan(&mut self, start: &Resolved) {
+        let prefix = walk_prefix(&self.restorer.options.subpath);
+        match (walkable(start), start) {
+            (Err(error), _) => self.restorer.tree_problem(&prefix, &error),
+            (Ok(Some(directory)), _) => {
+                // A directory named by the subpath decides for what lies below it.
+                let included = self.restorer.filter.includes_from_above(&prefix);
+                if let Some((_, inherited)) = self.stack.last_mut() {
+                    *inherited = included;
+                }
+                let mut walk = self.restorer.reader.walk(directory, &prefix);
+                while let Some(item) = walk.next().filter(|_| !self.restorer.stopped()) {
+                    match item {
+                        Ok((path, Step::Enter(entry))) => {
+                            if !self.enter(path, &entry) {
+                                walk.skip_directory();
+                            }
+                        }
+                        Ok((_, Step::Leave)) => {
+                            if let Some((directory, _)) = self.stack.pop() {
+                                directory.release(self.restorer);
+                            }
+                        }
+                        Ok((path, Step::Entry(entry))) => self.entry(path, &entry),
+                        Err(problem) => self.restorer.tree_problem(&problem.path, &problem.error),
+                    }
+                }
+            }
+            (Ok(None), Resolved::Entry(entry)) => self.entry(prefix, entry),
+            (Ok(None), Resolved::Root(_)) => {}
+        }
+    }
+
+    /// Whether to walk into the directory.
+    fn enter(&mut self, path: Vec<u8>, entry: &DirEntry) -> bool {
+        let filter = &self.restorer.filter;
+        let Some((parent, inherited)) = self.stack.last() else { return false };
+        if filter.excludes(&path) {
+            return false;
+        }
+        let included = *inherited || filter.includes(&path);
+        let directory = Directory::below(parent, Meta::new(path, entry));
+        if included && directory.ensure(self.restorer) != Made::Yes {
+            directory.release(self.restorer);
+            return false;
+        }
+        self.stack.push((directory, included));
+        true
+    }
+
+    fn entry(&mut self, path: Vec<u8>, entry: &DirEntry) {
+        let filter = &self.restorer.filter;
+        let Some((directory, inherited)) = self.stack.last() else { return };
+        if filter.excludes(&path) || !(*inherited || filter.includes(&path)) {
+            return;
+        }
+        let directory = Arc::clone(directory);
+        if directory.ensure(self.restorer) != Made::Yes {
+            return;
+        }
+        let meta = Meta::new(path, entry);
+        if let Err(error) = self.place(&directory, meta.clone(), entry) {
+            self.restorer.issues.add(&meta.path, format!("it cannot be made: {error}"));
+        }
+    }
+
+    fn place(&mut self, directory: &Arc<Directory>, meta: Meta, entry: &DirEntry) -> std::io::Result<()> {
+        let restorer = self.restorer;
+        let handle = restorer.handles.open(directory)?;
+        let key = (entry.entry.links > 1).then_some(LinkKey {
+            device: entry.entry.device,
+            inode: entry.entry.inode,
+            links: entry.entry.links,
+        });
+        let existing = if directory.is_fresh() { Existing::Nothing } else { self.existing(&handle, entry)? };
+        if existing == Existing::Left {
+            count(&restorer.issues.progress.left);
+            // An unchanged file is the snapshot's; one that is left whatever it is may be anything: nothing is linked to it.
+            if let Some(key) = key.filter(|_| restorer.options.overwrite == Overwrite::IfChanged)
+                && matches!(restorer.links.begin_left(key), Linking::First)
+            {
+                restorer.links.first_is_done(restorer, key, directory, &meta, true);
+            }
+            return Ok(());
+        }
+        if let Some(key) = key
+            && matches!(restorer.links.begin(restorer, key, directory, &meta), Linking::Done)
+        {
+            return Ok(());
+        }
+        if let EntryNode::File { size, content, holes } = &entry.entry.node {
+            let job = FileJob::new(restorer, directory, meta, Layout::new(*size, holes), key);
+            self.file(&job, entry, content);
+            return Ok(());
+        }
+        let made = self.special(directory, &handle, &meta, entry);
+        if let Some(key) = key {
+            restorer.links.first_is_done(restorer, key, directory, &meta, made.is_ok());
+        }
+        made.map(|()| count(&restorer.issues.progress.others))
+    }
+
+    fn existing(&self, handle: &OwnedFd, entry: &DirEntry) -> std::io::Result<Existing> {
+        let entry = &entry.entry;
+        let stat = match rustix::fs::statat(handle, entry.name.as_slice(), AtFlags::SYMLINK_NOFOLLOW) {
+            Ok(stat) => stat,
+            Err(Errno::NOENT) => return Ok(Existing::Nothing),
+            Err(error) => return Err(error.into()),
+        };
+        let same = match (&entry.node, FileType::from_raw_mode(stat.st_mode)) {
+            (EntryNode::File { size, .. }, FileType::RegularFile) => {
+                u64::try_from(stat.st_size) == Ok(*size)
+                    && stat.st_mtime == entry.mtime.seconds
+                    && u64::from(entry.mtime.nanos) == stat.st_mtime_nsec
+            }
+            (EntryNode::Symlink { target }, FileType::Symlink) => {
+                rustix::fs::readlinkat(handle, entry.name.as_slice(), Vec::new())?.as_bytes() == target.as_slice()
+            }
+            _ => false,
+        };
+        Ok(match self.restorer.options.overwrite {
+            Overwrite::Never => Existing::Left,
+            Overwrite::IfChanged if same => Existing::Left,
+            Overwrite::IfChanged | Overwrite::Always => Existing::Replaced,
+        })
+    }
+
+    /// Links, pipes, sockets, devices: made under a temporary name, then put in place.
+    fn special(
+        &self,
+        directory: &Arc<Directory>,
+        handle: &OwnedFd,
+        meta: &Meta,
+        entry: &DirEntry,
+    ) -> std::io::Result<()> {
+        let restorer = self.restorer;
+        let temporary = restorer.temporary_name();
+        let name = temporary.as_slice();
+        let node = |kind, device: Dev| rustix::fs::mknodat(handle, name, kind, Mode::RUSR | Mode::WUSR, device);
+        match &entry.entry.node {
+            EntryNode::Symlink { target } => rustix::fs::symlinkat(target.as_slice(), handle, name)?,
+            EntryNode::Fifo => node(FileType::Fifo, 0)?,
+            EntryNode::Socket => node(FileType::Socket, 0)?,
+            EntryNode::CharDevice { major, minor } => {
+                node(FileType::CharacterDevice, rustix::fs::makedev(*major, *minor))?;
+            }
+            EntryNode::BlockDevice { major, minor } => {
+                node(FileType::BlockDevice, rustix::fs::makedev(*major, *minor))?;
+            }
+            EntryNode::File { .. } | EntryNode::Directory { .. } => return Ok(()),
+        }
+        restorer.attributes.apply_to_name(handle, name, meta, &restorer.issues);
+        put_in_place(restorer, directory, name, &meta.name).inspect_err(|_| {
+            let _ = rustix::fs::unlinkat(handle, name, AtFlags::empty());
+        })
+    }
+
+    fn file(&mut self, job: &Arc<FileJob>, entry: &DirEntry, content: &Content) {
+        let restorer = self.restorer;
+        if let Content::Inline(bytes) = content {
+            let written = job.open(restorer).and_then(|handle| {
+                job.write(restorer, &handle, 0, bytes)?;
+                Ok(handle)
+            });
+            self.check_length(job, bytes.len() as u64);
+            match written {
+                Ok(handle) => return job.release(restorer, Some(&handle)),
+                Err(error) => job.fail(format!("it cannot be written: {error}")),
+            }
+            return job.release(restorer, None);
+        }
+        let mut offset = 0u64;
+        for piece in restorer.reader.pieces(entry) {
+            match piece {
+                Ok((id, bytes)) => {
+                    job.hold();
+                    self.draft.add(id, Target { file: Arc::clone(job), offset, bytes });
+                    offset = offset.saturating_add(bytes.into());
+                }
+                Err(error) => {
+                    if error.is_lost() {
+                        restorer.issues.end(error.to_string());
+                    }
+                    job.fail(error.to_string());
+                }
+            }
+            if self.draft.is_full(restorer.options.window_bytes) {
+                self.flush();
+            }
+            if restorer.stopped() {
+                job.fail("stopped".into());
+                break;
+            }
+        }
+        if !job.has_failed() {
+            self.check_length(job, offset);
+        }
+        job.release(restorer, None);
+    }
+
+    /// A file that holds less or more than its entry says is restored as it was saved, and reported.
+    fn check_length(&self, job: &FileJob, found: u64) {
+        let expected = job.layout.content;
+        if found != expected {
+            let reason = format!("the snapshot holds {found} bytes of it where {expected} were expected; restored so");
+            self.restorer.issues.add_flaw(&job.meta.path, reason);
+        }
+    }
+
+    /// Starts the fetch of the planned window and hands it to the writers.
+    fn flush(&mut self) {
+        let mut draft = std::mem::take(&mut self.draft);
+        if draft.ids.is_empty() {
+            return;
+        }
+        let ids = std::mem::take(&mut draft.ids);
+        let answer = self.restorer.reader.source().fetch(ids);
+        let window = Arc::new(draft.into_window(answer, self.writers.len()));
+        for writer in &self.writers {
+            // A writer ends only after its queue is closed.
+            let _ = writer.send(Arc::clone(&window));
+        }
+    }
+}
