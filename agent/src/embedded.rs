@@ -50,6 +50,13 @@ pub enum EmbeddedError {
     Ended,
 }
 
+impl EmbeddedError {
+    /// Whether another process has the directory.
+    pub fn is_busy(&self) -> bool {
+        matches!(self, Self::Engine(EngineError::Locked { .. }))
+    }
+}
+
 /// Whether `directory` holds a repository.
 pub fn is_repository(directory: &Path) -> bool {
     directory.join("storage").is_dir()

@@ -178,11 +178,9 @@ impl Keyset {
         self.secrets.0.kem_private.as_ref()
     }
 
-    /// Seed of the content-defined chunker.
-    pub fn chunker_seed(&self) -> u64 {
-        let hash =
-            Zeroizing::new(blake3::derive_key("strandline 2026 chunker seed v1", &self.secrets.0.chunker_secret));
-        u64::from_le_bytes(*hash.first_chunk().unwrap_or(&[0; 8]))
+    /// Secret of the content-defined chunker.
+    pub fn chunker_secret(&self) -> &[u8; 32] {
+        &self.secrets.0.chunker_secret
     }
 
     /// The id of a chunk of this repository.
@@ -267,9 +265,9 @@ mod tests {
     fn a_keyset_reads_back_and_its_parts_belong_together() {
         let keyset = keyset();
         let again = Keyset::decode(&keyset.encode()).unwrap();
-        assert_eq!(keyset.chunker_seed(), again.chunker_seed());
+        assert_eq!(keyset.chunker_secret(), again.chunker_secret());
         assert_eq!(keyset.id_key(), again.id_key());
-        assert_ne!(keyset.chunker_seed(), self::keyset().chunker_seed());
+        assert_ne!(keyset.chunker_secret(), self::keyset().chunker_secret());
     }
 
     #[test]

@@ -1,0 +1,201 @@
+//! `strand backup`.
+
+use std::os::unix::ffi::OsStrExt;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use anyhow::{Context, bail};
+use serde::Serialize;
+use strandline_messages::format::manifest::DetailsV1;
+use strandline_messages::limits;
+use tokio::signal::unix::{SignalKind, signal};
+
+use super::Fate;
+use super::args::{self, Backup, Global};
+use super::output;
+use super::progress::{Snapshot, shown};
+use super::repository::{Opened, host_name};
+use super::settings::Place;
+use crate::backup::BackupPlan;
+use crate::job::{BackupReport, BackupRequest, JobView, run_backup};
+use crate::net::SessionSettings;
+use crate::scan::walk::identity_of;
+
+const STREAMS: u16 = 4;
+const WINDOW_BYTES: u64 = 64 << 20;
+const ZSTD_LEVEL: i32 = 3;
+
+/// Runs the command.
+pub async fn run(global: &Global, place: &Place, backup: Backup) -> anyhow::Result<Fate> {
+    let request = request(place, backup)?;
+    let state = &request.plan.state_directory;
+    std::fs::create_dir_all(state).with_context(|| format!("cannot make the state directory {}", state.display()))?;
+    std::fs::create_dir_all(&request.cache_directory)?;
+    let opened = Opened::writable(global, place).await?;
+    let outcome = with_signals(global, &opened, request).await;
+    let closed = opened.server.close().await;
+    let (report, dry_run) = outcome?;
+    closed?;
+    summary(global, &report, dry_run)?;
+    Ok(if report.totals.errors > 0 { Fate::Partial } else { Fate::Done })
+}
+
+fn request(place: &Place, backup: Backup) -> anyhow::Result<BackupRequest> {
+    let settings = &place.settings;
+    let size = |given: Option<u64>, set: &Option<String>| -> anyhow::Result<Option<u64>> {
+        match (given, set) {
+            (Some(bytes), _) => Ok(Some(bytes)),
+            (None, Some(text)) => Ok(Some(args::bytes(text).map_err(anyhow::Error::msg)?)),
+            (None, None) => Ok(None),
+        }
+    };
+    let limit_upload = size(backup.limit_upload, &settings.limit_upload)?;
+    let window = size(backup.window, &settings.window)?.unwrap_or(WINDOW_BYTES);
+    if window < limits::BLOCK_BYTES_MAX as u64 {
+        bail!("a window of {} is less than one block: use at least {}", output::size(window), output::size(limits::BLOCK_BYTES_MAX as u64));
+    }
+    let mut plan = BackupPlan::new(backup.paths, place.state_dir.clone());
+    plan.excludes = settings.exclude.iter().cloned().chain(backup.exclude).collect();
+    plan.one_file_system = backup.one_file_system;
+    let details = DetailsV1 {
+        paths: plan.paths.iter().map(|path| absolute(path).as_os_str().as_bytes().to_vec()).collect(),
+        excludes: plan.excludes.clone(),
+        user: std::env::var("USER").unwrap_or_default(),
+        system: system(),
+        program: concat!("strandline ", env!("CARGO_PKG_VERSION")).to_owned(),
+        command: std::env::args_os().map(|word| word.to_string_lossy().into_owned()).collect::<Vec<_>>().join(" "),
+    };
+    Ok(BackupRequest {
+        cache_directory: place.state_dir.join("caches"),
+        session: SessionSettings {
+            streams: backup.streams.or(settings.streams).unwrap_or(STREAMS).clamp(1, limits::STREAMS_MAX),
+            window_bytes: usize::try_from(window)?,
+            limit_upload: limit_upload.map(|rate| u32::try_from(rate).unwrap_or(u32::MAX)),
+        },
+        force: backup.force,
+        dry_run: backup.dry_run,
+        level: ZSTD_LEVEL,
+        host: backup.host.or_else(|| settings.host.clone()).unwrap_or_else(host_name),
+        tags: backup.tag,
+        details,
+        plan,
+    })
+}
+
+fn absolute(path: &std::path::Path) -> std::path::PathBuf {
+    std::path::absolute(path).unwrap_or_else(|_| path.to_owned())
+}
+
+fn system() -> String {
+    let name = rustix::system::uname();
+    format!("{} {}", name.sysname().to_string_lossy(), name.release().to_string_lossy())
+}
+
+async fn with_signals(
+    global: &Global,
+    opened: &Opened,
+    mut request: BackupRequest,
+) -> anyhow::Result<(BackupReport, bool)> {
+    // A repository inside the source must not save itself.
+    request.plan.skip.extend(opened.server.directory.as_deref().and_then(identity_of));
+    let dry_run = request.dry_run;
+    let view = Arc::new(JobView::default());
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let stopping = {
+        let view = Arc::clone(&view);
+        async move {
+            tokio::select! { _ = terminate.recv() => {}, _ = interrupt.recv() => {} }
+            tracing::info!("stopping: what is sealed is still delivered");
+            view.interrupt();
+            tokio::select! { _ = terminate.recv() => {}, _ = interrupt.recv() => {} }
+        }
+    };
+    let look = {
+        let view = Arc::clone(&view);
+        Arc::new(move || look(&view))
+    };
+    let backup = run_backup(&opened.server.client, &opened.info.file, &opened.keyset, request, &view);
+    tokio::select! {
+        report = shown(global, look, backup) => Ok((report?, dry_run)),
+        // Asked twice: at once.
+        () = stopping => Err(super::fate::Interrupted("no snapshot was made, earlier ones are intact").into()),
+    }
+}
+
+fn look(view: &JobView) -> Snapshot {
+    let now = view.progress.now();
+    Snapshot {
+        files_done: now.files + now.others,
+        files_total: now.estimated_files.max(now.files + now.others),
+        bytes_done: now.bytes,
+        bytes_total: now.estimated_bytes.max(now.bytes),
+        totals_final: now.estimated,
+        bytes_new: now.bytes_new,
+        streams: view.dispatch.streams.load(Ordering::Relaxed),
+        errors: now.errors,
+        current: output::path(&view.progress.current_path()),
+    }
+}
+
+#[derive(Serialize)]
+struct Summary {
+    message_type: &'static str,
+    dry_run: bool,
+    snapshot_id: Option<String>,
+    parent: Option<String>,
+    files: u64,
+    directories: u64,
+    others: u64,
+    files_read: u64,
+    bytes: u64,
+    bytes_new: u64,
+    bytes_stored: u64,
+    errors: u64,
+    seconds: f64,
+    reconnects: u64,
+}
+
+fn summary(global: &Global, report: &BackupReport, dry_run: bool) -> anyhow::Result<()> {
+    let totals = &report.totals;
+    if global.json {
+        return output::json_line(&Summary {
+            message_type: "summary",
+            dry_run,
+            snapshot_id: report.snapshot.map(|id| id.to_string()),
+            parent: report.parent.map(|id| id.to_string()),
+            files: totals.files,
+            directories: totals.directories,
+            others: totals.others,
+            files_read: totals.files_read,
+            bytes: totals.bytes,
+            bytes_new: totals.bytes_new,
+            bytes_stored: totals.bytes_stored,
+            errors: totals.errors,
+            seconds: report.elapsed.as_secs_f64(),
+            reconnects: report.reconnects,
+        });
+    }
+    if global.quiet {
+        return Ok(());
+    }
+    let stored = if dry_run { String::new() } else { format!(", {} stored", output::size(totals.bytes_stored)) };
+    let mut text = format!(
+        "{} files, {} directories, {} others, {} in {}\n{} files read, {} new{stored}\n",
+        totals.files,
+        totals.directories,
+        totals.others,
+        output::size(totals.bytes),
+        output::span(report.elapsed),
+        totals.files_read,
+        output::size(totals.bytes_new),
+    );
+    if totals.errors > 0 {
+        text.push_str(&format!("{} things could not be saved as they are; everything else was\n", totals.errors));
+    }
+    match report.snapshot {
+        Some(id) => text.push_str(&format!("snapshot {} saved\n", id.short())),
+        None => text.push_str("dry run: nothing was sent or stored\n"),
+    }
+    output::print(text.as_bytes())
+}

@@ -1,0 +1,83 @@
+//! The command `strand`.
+
+mod args;
+mod backup;
+mod enroll;
+mod fate;
+mod ls;
+mod output;
+mod progress;
+mod repository;
+mod restore;
+mod selector;
+mod settings;
+mod snapshots;
+mod status;
+
+use std::process::ExitCode;
+
+use clap::error::ErrorKind;
+use clap::{CommandFactory, Parser};
+use tracing_subscriber::EnvFilter;
+
+use args::{Arguments, Command};
+use settings::Place;
+
+pub use fate::Fate;
+
+/// Runs the command line of this process.
+pub fn main() -> ExitCode {
+    let arguments = match Arguments::try_parse() {
+        Ok(arguments) => arguments,
+        Err(error) => {
+            let wanted = matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion);
+            // Nothing is left to be told to if this fails.
+            let _ = error.print();
+            return if wanted { ExitCode::SUCCESS } else { ExitCode::from(fate::FATAL) };
+        }
+    };
+    start_log(arguments.global.verbose);
+    let json = arguments.global.json;
+    match actix_rt::System::new().block_on(run(arguments)) {
+        Ok(fate) => ExitCode::from(fate.code()),
+        Err(error) => {
+            let code = fate::exit_code(&error);
+            output::error(json, code, &format!("{error:#}"));
+            ExitCode::from(code)
+        }
+    }
+}
+
+async fn run(arguments: Arguments) -> anyhow::Result<Fate> {
+    let Arguments { global, command } = arguments;
+    if let Command::Completions { shell } = command {
+        let mut script = Vec::new();
+        clap_complete::generate(shell, &mut Arguments::command(), "strand", &mut script);
+        output::print(&script)?;
+        return Ok(Fate::Done);
+    }
+    let place = Place::find(&global)?;
+    match command {
+        Command::Init => repository::init(&global, &place).await,
+        Command::Backup(backup) => backup::run(&global, &place, backup).await,
+        Command::Snapshots(snapshots) => snapshots::run(&global, &place, &snapshots).await,
+        Command::Ls(ls) => ls::run(&global, &place, &ls).await,
+        Command::Restore(restore) => restore::run(&global, &place, restore).await,
+        Command::Status => status::run(&global, &place).await,
+        Command::Enroll { token, label } => enroll::run(&global, &place, &token, label).await,
+        Command::Completions { .. } => Ok(Fate::Done),
+    }
+}
+
+/// The log goes to standard error: warnings, or more with `-v`; `STRAND_LOG` decides if it is set.
+fn start_log(verbose: u8) {
+    let usual = match verbose {
+        0 => "warn,strandline_server=error,sqlx=error",
+        1 => "info,sqlx=error",
+        _ => "debug,sqlx=warn",
+    };
+    let filter = EnvFilter::try_from_env("STRAND_LOG").unwrap_or_else(|_| EnvFilter::new(usual));
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false);
+    // Only a second subscriber could make this fail.
+    let _ = log.try_init();
+}

@@ -1,0 +1,101 @@
+//! Which snapshot is meant: an id or its beginning, `latest`, `latest~N`, and optionally `:PATH`.
+
+use anyhow::{anyhow, bail};
+use strandline_messages::SnapshotId;
+use strandline_messages::format::manifest::{DetailsV1, ManifestV1, snapshot_id};
+
+use super::repository::Opened;
+use crate::keys::Keyset;
+use crate::net::SnapshotListing;
+use crate::seal::open_manifest;
+
+/// A snapshot whose signature was verified and whose details were opened.
+#[derive(Clone, Debug)]
+pub struct Snapshot {
+    /// Its id.
+    pub id: SnapshotId,
+    /// Its place in the order of commits.
+    pub order: u64,
+    /// When the server committed it, ns since 1970.
+    pub committed_ns: i64,
+    /// The manifest.
+    pub manifest: ManifestV1,
+    /// What only key holders may read.
+    pub details: DetailsV1,
+}
+
+/// All snapshots, oldest first. One that cannot be verified is reported and left out.
+pub async fn all(opened: &Opened) -> anyhow::Result<Vec<Snapshot>> {
+    let listed = opened.server.client.snapshots(&opened.server.name).await?;
+    Ok(listed.into_iter().filter_map(|listing| verified(&opened.keyset, listing)).collect())
+}
+
+fn verified(keyset: &Keyset, listing: SnapshotListing) -> Option<Snapshot> {
+    let id = snapshot_id(&listing.manifest);
+    match open_manifest(keyset, &listing.manifest) {
+        Ok((manifest, details)) => {
+            Some(Snapshot { id, order: listing.order, committed_ns: listing.receipt.committed_ns, manifest, details })
+        }
+        Err(error) => {
+            tracing::error!(snapshot = %id.short(), %error, "a snapshot cannot be trusted and is left out; others are intact");
+            None
+        }
+    }
+}
+
+/// Splits `SNAPSHOT[:PATH]`; the path comes without leading `/`.
+pub fn split(text: &str) -> (&str, Vec<u8>) {
+    match text.split_once(':') {
+        Some((snapshot, path)) => (snapshot, path.trim_matches('/').as_bytes().to_vec()),
+        None => (text, Vec::new()),
+    }
+}
+
+/// The one snapshot that is meant.
+pub async fn one(opened: &Opened, wanted: &str) -> anyhow::Result<Snapshot> {
+    choose(all(opened).await?, wanted)
+}
+
+fn choose(mut snapshots: Vec<Snapshot>, wanted: &str) -> anyhow::Result<Snapshot> {
+    if let Some(rest) = wanted.strip_prefix("latest") {
+        let back: usize = match rest.strip_prefix('~') {
+            None if rest.is_empty() => 0,
+            Some(number) => number.parse().map_err(|_| anyhow!("`{wanted}`: write latest or latest~N"))?,
+            None => bail!("`{wanted}`: write latest or latest~N"),
+        };
+        let count = snapshots.len();
+        let index = count.checked_sub(back + 1).ok_or_else(|| {
+            anyhow!("there are {count} snapshots, so there is no {wanted}; `strand snapshots` lists them")
+        })?;
+        return Ok(snapshots.swap_remove(index));
+    }
+    if wanted.len() < 4 || !wanted.bytes().all(|byte| byte.is_ascii_hexdigit()) {
+        bail!("`{wanted}` is no snapshot: give at least 4 hexadecimal digits of an id, or latest, or latest~N");
+    }
+    let wanted = wanted.to_ascii_lowercase();
+    let mut found = snapshots.into_iter().filter(|snapshot| snapshot.id.to_string().starts_with(&wanted));
+    match (found.next(), found.next()) {
+        (Some(one), None) => Ok(one),
+        (Some(_), Some(_)) => bail!("several snapshots begin with `{wanted}`: give more digits"),
+        (None, _) => bail!("no snapshot begins with `{wanted}`; `strand snapshots` lists them"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_path_may_follow_the_snapshot() {
+        assert_eq!(split("latest"), ("latest", vec![]));
+        assert_eq!(split("ab12:/etc/passwd"), ("ab12", b"etc/passwd".to_vec()));
+        assert_eq!(split("latest~2:/"), ("latest~2", vec![]));
+    }
+
+    #[test]
+    fn what_cannot_be_meant_is_explained() {
+        for bad in ["latest", "latest~x", "latestx", "ab", "zzzz", "abcd"] {
+            assert!(choose(Vec::new(), bad).is_err(), "{bad}");
+        }
+    }
+}
