@@ -62,7 +62,7 @@ pub struct Assembled {
     pub root: ChunkId,
     /// Top node of the error list.
     pub errors_root: Option<ChunkId>,
-    /// Counts, without those of sealed blocks.
+    /// Counts, without those that `Progress` keeps: files read, new bytes, stored bytes.
     pub totals: Totals,
     /// The new cache's records, all written.
     pub cache: CacheWriter,
@@ -246,11 +246,7 @@ impl<'a> Assembler<'a> {
                     None => return self.read_again(node),
                 }
             }
-            _ => {
-                let content = self.content.finish(&mut self.emitter)?;
-                self.totals.files_read += 1;
-                content
-            }
+            _ => self.content.finish(&mut self.emitter)?,
         };
         if node.meta.links > 1 && !node.unchanged && self.links.get(key).is_none() {
             let linked = LinkedContent {

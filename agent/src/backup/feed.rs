@@ -268,6 +268,7 @@ pub fn read_batches(
             }
             sender.send(part).map_err(|_| BackupError::Stopped)
         };
+        reader.show(&batch);
         for step in batch {
             reader.process(step, &mut out)?;
         }

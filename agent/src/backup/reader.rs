@@ -51,6 +51,13 @@ impl<'a> FileReader<'a> {
         Self { cutter, id_key, progress, xattrs, buffers, part: Part::default(), weight: 0 }
     }
 
+    /// Shows where the next steps are.
+    pub fn show(&self, batch: &[Step]) {
+        if let Some(Step::Enter(node) | Step::Node(node)) = batch.iter().find(|step| step.needs_reading()) {
+            self.progress.set_current_path(node.place.parent.path_of(&node.name));
+        }
+    }
+
     /// Does what `step` needs and appends it to the current part.
     pub fn process(&mut self, step: Step, out: PartSink<'_>) -> Result<(), BackupError> {
         let step = match step {
@@ -139,8 +146,8 @@ impl<'a> FileReader<'a> {
             // Advice only: a file system that ignores it is read all the same.
             let _ = rustix::fs::fadvise(fd, 0, None, Advice::Sequential);
         }
-        let mut source = Source::new(fd, &before);
-        let read = if source.sparse || before.size > self.cutter.minimum() as u64 {
+        let mut source = Source::new(fd, &before, self.cutter.minimum());
+        let read = if before.size > self.cutter.minimum() as u64 {
             node.content = NodeContent::Streamed;
             self.stream(&mut source, out)?
         } else {
@@ -265,16 +272,17 @@ struct Source<'a> {
     offset: u64,
     size: u64,
     segment_end: u64,
-    sparse: bool,
     holes: Vec<Hole>,
     read: u64,
 }
 
 impl<'a> Source<'a> {
-    fn new(fd: BorrowedFd<'a>, meta: &Meta) -> Self {
-        let sparse = meta.blocks.saturating_mul(512) < meta.size;
+    // Holes are looked for only where they can save a chunk: small files may show no blocks because they live in their
+    // inode or have not been written back.
+    fn new(fd: BorrowedFd<'a>, meta: &Meta, minimum: usize) -> Self {
+        let sparse = meta.size > minimum as u64 && meta.blocks.saturating_mul(512) < meta.size;
         let segment_end = if sparse { 0 } else { meta.size };
-        Self { fd, offset: 0, size: meta.size, segment_end, sparse, holes: Vec::new(), read: 0 }
+        Self { fd, offset: 0, size: meta.size, segment_end, holes: Vec::new(), read: 0 }
     }
 
     // Appends up to `wanted` bytes; 0 at the end.
@@ -284,6 +292,9 @@ impl<'a> Source<'a> {
         }
         let left = usize::try_from(self.segment_end.saturating_sub(self.offset)).unwrap_or(usize::MAX);
         let wanted = wanted.min(left);
+        if wanted == 0 {
+            return Ok(0);
+        }
         let start = data.len();
         data.resize(start + wanted, 0);
         let result = loop {
@@ -294,7 +305,7 @@ impl<'a> Source<'a> {
         };
         let read = result.as_ref().copied().unwrap_or(0);
         data.truncate(start + read);
-        if wanted > 0 && read == 0 {
+        if result == Ok(0) {
             // It became shorter.
             self.size = self.offset;
             self.segment_end = self.offset;

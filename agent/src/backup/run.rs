@@ -195,12 +195,13 @@ pub fn run_pass(
     let Ports { oracle, sink, sealers } = ports;
     let pass = Pass { plan, keys, chunking, cutter: &cutter, sink, progress, fault: &fault, context: &context };
     tracing::debug!(?started, readers = plan.readers, sealers = plan.sealers, "pass begins");
-    let stored_before = (progress.bytes_stored.get(), progress.bytes_new.get());
+    let before = progress.now();
     let sealers = (0..=plan.sealers.max(1)).map(|_| sealers.sealer()).collect::<Result<Vec<_>, _>>()?;
     let assembled = pass.run(&walk, cache, old, trust, oracle, sealers);
     let Some(Assembled { root, errors_root, mut totals, cache }) = assembled else { return Err(fault.cause()) };
-    totals.bytes_stored = progress.bytes_stored.get() - stored_before.0;
-    totals.bytes_new = progress.bytes_new.get() - stored_before.1;
+    totals.bytes_stored = progress.bytes_stored.get() - before.bytes_stored;
+    totals.bytes_new = progress.bytes_new.get() - before.bytes_new;
+    totals.files_read = progress.files_read.get() - before.files_read;
     let new_cache = if context.flusher.failed() { None } else { cache.finish() };
     Ok(PassOutcome { root, errors_root, totals, new_cache })
 }
@@ -314,7 +315,9 @@ impl Pass<'_> {
                 fault.record(spawn(scope, "estimate", move || self.estimate(walk, over)));
             }
             let assembled = fault.record(self.assemble(assembler, &ordered));
-            drop(ordered);
+            // After a fault readers may wait to hand parts to nobody: a channel keeps its messages, here the receiving ends
+            // of theirs, until its last sender is gone. At the regular end there is nothing left.
+            ordered.iter().for_each(drop);
             over.store(true, Ordering::Relaxed);
             assembled
         })

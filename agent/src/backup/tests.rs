@@ -264,6 +264,17 @@ fn one_file_system_saves_mount_points_empty() {
 }
 
 #[test]
+fn the_root_directory_itself_can_be_saved() {
+    let mut rig = Rig::new();
+    rig.plan.paths = vec!["/".into(), "/etc/..".into()];
+    rig.plan.excludes = vec!["/*".into(), "!/etc".into()];
+    let run = rig.run(CacheTrust::Trust);
+    run.assert_equals(Path::new("/etc"));
+    assert!(run.seen.keys().all(|path| path.starts_with(b"/etc")));
+    assert_eq!(rig.run(CacheTrust::Trust).now.files_opened, 0);
+}
+
+#[test]
 fn roots_are_merged_and_links_are_followed_only_with_a_slash() {
     let mut rig = Rig::new();
     rig.write("real/a/f", b"f");

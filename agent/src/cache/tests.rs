@@ -107,3 +107,19 @@ fn the_clock_of_the_file_system_is_near_the_present() {
     let wall = i64::try_from(strandline_actors::runtime::clock::wall().as_secs()).unwrap();
     assert!((clock.seconds - wall).abs() < 10);
 }
+
+#[test]
+fn a_cache_that_is_not_published_can_serve_a_second_pass() {
+    let temp = tempfile::tempdir().unwrap();
+    let path = temp.path().join("c");
+    let mut writer = CacheWriter::create(&path, IDENTITY, STARTED);
+    writer.put(0, false, b"a", &Identity::of(&meta(1)), &[], &[], CachedContentRef::Inline(b"x"));
+    let pending = writer.finish().unwrap();
+    let mut reader = pending.reader().unwrap();
+    let second = CacheWriter::create(&path, IDENTITY, STARTED);
+    assert!(reader.lookup(b"a", &meta(1)).is_some());
+    second.finish().unwrap().publish().unwrap();
+    drop(pending);
+    assert!(CacheReader::open(&path, IDENTITY).unwrap().lookup(b"a", &meta(1)).is_none());
+    assert_eq!(std::fs::read_dir(temp.path()).unwrap().count(), 1);
+}

@@ -231,7 +231,13 @@ impl Walker {
     fn refill(&mut self, frame: &mut Frame) {
         while frame.ready.is_empty() {
             let scanned = match frame.ahead.pop_front() {
-                Some(Ahead::Asked(reply)) => reply.recv().unwrap_or_default(),
+                Some(Ahead::Asked(reply)) => {
+                    let Ok(scanned) = reply.recv() else {
+                        self.problem(b"", "some of its entries are missing: the thread that listed them failed".into());
+                        continue;
+                    };
+                    scanned
+                }
                 Some(Ahead::Names(names)) => stat_all(&frame.dir, names),
                 None => match self.next_names(frame) {
                     Some(names) => stat_all(&frame.dir, names),
