@@ -1,4 +1,5 @@
 //! The agent's identity against the real server's authority: enrolment, sessions, and everything that is refused.
+#![expect(clippy::unwrap_used, reason = "helpers of tests, outside `#[test]` functions")]
 
 use std::fs;
 use std::io;

@@ -1,4 +1,10 @@
 //! The real `strand-server` process: started, administered through its socket, told to reload and to stop.
+#![expect(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "helpers of tests, outside `#[test]` functions"
+)]
 
 use std::io::{BufRead, BufReader};
 use std::path::Path;
