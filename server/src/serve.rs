@@ -236,13 +236,12 @@ fn reload(path: &Path, running: &Config, names: Vec<String>) -> Vec<String> {
 
 /// Makes a new server certificate if the names have changed or its end is near; an error leaves the one in use.
 pub fn refresh_certificate(authority: &Authority, certificate: &ServerCertificate, names: &[String]) {
-    let renewed = authority.server(names).map_err(anyhow::Error::from).and_then(|identity| {
-        if identity.expires_s != certificate.expires_s() {
-            tracing::info!(?names, "new server certificate");
+    let replaced = authority.server(names).map_err(anyhow::Error::from);
+    match replaced.and_then(|identity| Ok(certificate.replace(identity)?)) {
+        Ok(true) => tracing::info!(?names, "new server certificate"),
+        Ok(false) => {}
+        Err(error) => {
+            tracing::error!(%error, "the server's certificate could not be renewed; the one in use stays");
         }
-        Ok(certificate.replace(identity)?)
-    });
-    if let Err(error) = renewed {
-        tracing::error!(%error, "the server's certificate could not be renewed; the one in use stays");
     }
 }

@@ -106,10 +106,13 @@ impl ServerCertificate {
         Ok(Self { current: RwLock::new(certified(identity)?) })
     }
 
-    /// From the next handshake on, `identity`.
-    pub fn replace(&self, identity: ServerIdentity) -> Result<(), TlsError> {
-        *self.current.write() = certified(identity)?;
-        Ok(())
+    /// From the next handshake on, `identity`. Returns whether that is another certificate than before.
+    pub fn replace(&self, identity: ServerIdentity) -> Result<bool, TlsError> {
+        let new = certified(identity)?;
+        let mut current = self.current.write();
+        let changed = current.key.cert != new.key.cert;
+        *current = new;
+        Ok(changed)
     }
 
     /// End of its validity, seconds since 1970.

@@ -268,7 +268,8 @@ async fn a_replaced_server_certificate_is_used_from_the_next_handshake() {
     let certificate = Arc::new(ServerCertificate::new(authority.issue_server(&names, DAY).unwrap()).unwrap());
     let config = server_config(&authority, Arc::clone(&certificate)).unwrap();
     let before = certificate.expires_s();
-    certificate.replace(authority.server(&names).unwrap()).unwrap();
+    assert!(certificate.replace(authority.server(&names).unwrap()).unwrap());
+    assert!(!certificate.replace(authority.server(&names).unwrap()).unwrap());
     assert!(certificate.expires_s() > before);
     let (server, client) = meet(&config, client(&authority, None, &[ALPN_ENROLMENT])).await;
     assert_eq!(server.unwrap(), Ok(Accepted::Enrolling));

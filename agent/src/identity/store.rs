@@ -168,6 +168,7 @@ impl Store {
             .map_err(|source| create(&self.servers, source))?;
         let stage = tempfile::Builder::new()
             .prefix(".new-")
+            .permissions(fs::Permissions::from_mode(0o700))
             .tempdir_in(&self.servers)
             .map_err(|source| create(&self.servers, source))?;
         write_file(&stage.path().join(KEY), Zeroizing::new(key.key.serialize_pem()).as_bytes())?;
@@ -201,13 +202,14 @@ impl Store {
         sync_directory(stage.path())?;
         if directory.exists() {
             // The old identity ends up in the stage and is removed with it.
-            match renameat_with(CWD, stage.path(), CWD, &directory, RenameFlags::EXCHANGE) {
-                Ok(()) => {}
-                // A file system that cannot exchange (NFS): the old one steps aside first.
-                Err(_) => {
-                    let aside = tempfile::Builder::new().prefix(".old-").tempdir_in(&self.servers)?;
-                    fs::rename(&directory, aside.path().join("old"))?;
-                    fs::rename(stage.keep(), &directory)?;
+            if renameat_with(CWD, stage.path(), CWD, &directory, RenameFlags::EXCHANGE).is_err() {
+                // A file system that cannot exchange (NFS): the old one steps aside first, and back if need be.
+                let aside = tempfile::Builder::new().prefix(".old-").tempdir_in(&self.servers)?;
+                let old = aside.path().join("old");
+                fs::rename(&directory, &old)?;
+                if let Err(error) = fs::rename(stage.path(), &directory) {
+                    fs::rename(&old, &directory)?;
+                    return Err(error);
                 }
             }
         } else {
