@@ -16,6 +16,7 @@
 use std::collections::HashMap;
 use std::fs::File;
 use std::io;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread::JoinHandle;
@@ -156,6 +157,8 @@ pub trait PackSink: Send + Sync {
     fn stored(&self, info: PackInfo, blocks: &[StoredBlock]) -> Result<(), String>;
     /// A pack was opened or sealed.
     fn pack_changed(&self, info: PackInfo);
+    /// A pack in which nothing was ever confirmed was removed.
+    fn pack_gone(&self, number: u32);
 }
 
 type Reply = oneshot::Sender<Result<Durable<Sequence>, StoreError>>;
@@ -428,10 +431,21 @@ impl Worker {
             stored.push(stored_block);
         }
         let path = self.shared.paths.pack(pack.info.number);
-        self.shared.ops.write_at(&pack.file, &path, &parts, start).map_err(StoreError::from_io)?;
-        let began = clock::now();
-        self.shared.ops.sync(&pack.file, &path).map_err(StoreError::from_io)?;
-        self.last_sync = began.elapsed();
+        let mut sync_time = Duration::ZERO;
+        let written = self.shared.ops.write_at(&pack.file, &path, &parts, start).and_then(|()| {
+            let began = clock::now();
+            self.shared.ops.sync(&pack.file, &path)?;
+            sync_time = began.elapsed();
+            Ok(())
+        });
+        if let Err(error) = written {
+            if pack.entries.is_empty() {
+                // An agent that keeps trying on a full disk would otherwise leave a pack without blocks each time.
+                self.remove(pack.info.number, &path);
+            }
+            return Err(StoreError::from_io(error));
+        }
+        self.last_sync = sync_time;
         pack.entries.append(&mut entries);
         pack.info.blocks_end = u32::try_from(end).map_err(|_| too_large())?;
         pack.info.file_bytes = end;
@@ -460,14 +474,15 @@ impl Worker {
         let header = PackHeaderV1 { repository: shared.repository, domain, number, created_ns: clock::wall_ns() };
         let header = Bytes::from(header.encode());
         let end = header.len() as u64;
-        let create = || -> io::Result<File> {
-            let file = shared.ops.create(&path)?;
-            shared.ops.write_at(&file, &path, &[header], 0)?;
+        let file = shared.ops.create(&path).map_err(StoreError::from_io)?;
+        let begun = shared.ops.write_at(&file, &path, &[header], 0).and_then(|()| {
             shared.ops.sync(&file, &path)?;
-            shared.ops.sync_directory(&shared.paths.packs())?;
-            Ok(file)
-        };
-        let file = create().map_err(StoreError::from_io)?;
+            shared.ops.sync_directory(&shared.paths.packs())
+        });
+        if let Err(error) = begun {
+            self.remove(number, &path);
+            return Err(StoreError::from_io(error));
+        }
         let blocks_end = u32::try_from(end).map_err(|_| too_large())?;
         let info = PackInfo { number, domain, sealed: false, file_bytes: end, blocks_end, blocks: 0 };
         shared.sink.pack_changed(info);
@@ -485,6 +500,12 @@ impl Worker {
                 tracing::warn!(pack = pack.info.number, %error, "a pack could not be sealed; its blocks are intact, the next start seals it");
             }
         }
+    }
+
+    fn remove(&self, number: u32, path: &Path) {
+        // If even this fails, the next start seals the pack or sets it aside.
+        let _ = std::fs::remove_file(path);
+        self.shared.sink.pack_gone(number);
     }
 
     fn abandon(&mut self, domain: DomainId) {
