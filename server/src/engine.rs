@@ -44,7 +44,7 @@ use crate::storage::lock::DirectoryLock;
 use crate::storage::pack_writer::PackWriterOptions;
 
 pub use crate::catalog::sessions::{Lease, Opened, SessionEnd, SessionRow};
-pub use crate::storage::pack_writer::StoreError;
+pub use crate::storage::store_error::StoreError;
 pub use error::EngineError;
 pub use repository::{BlockAddress, CommitOutcome, Repository, Totals};
 
