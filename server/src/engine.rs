@@ -44,7 +44,7 @@ use crate::storage::lock::DirectoryLock;
 use crate::storage::pack_writer::PackWriterOptions;
 
 pub use crate::catalog::sessions::{Lease, Opened, SessionEnd, SessionRow};
-pub use crate::storage::pack_writer::StoreError;
+pub use crate::storage::store_error::StoreError;
 pub use error::EngineError;
 pub use repository::{BlockAddress, CommitOutcome, Repository, Totals};
 
@@ -281,6 +281,21 @@ pub(crate) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, EngineError> + Send + 'static,
 ) -> Result<T, EngineError> {
     tokio::task::spawn_blocking(work).await.map_err(|error| EngineError::Interrupted { reason: error.to_string() })?
+}
+
+/// Runs blocking work on a thread of its own: for work that is done while a lock is held that tasks in the shared pool may be
+/// waiting for, so that a pool full of waiters cannot keep it from being done.
+pub(crate) async fn on_own_thread<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, EngineError> + Send + 'static,
+) -> Result<T, EngineError> {
+    let interrupted = |reason: String| EngineError::Interrupted { reason };
+    let (done, result) = tokio::sync::oneshot::channel();
+    let run = move || {
+        // Whoever asked may have gone away.
+        let _ = done.send(work());
+    };
+    std::thread::Builder::new().name("engine".to_owned()).spawn(run).map_err(|error| interrupted(error.to_string()))?;
+    result.await.map_err(|error| interrupted(error.to_string()))?
 }
 
 /// Reads the repositories off the storage, which is the truth, and gives those without a row one.

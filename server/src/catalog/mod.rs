@@ -10,11 +10,14 @@ pub mod repositories;
 pub mod sessions;
 pub mod snapshots;
 
+use std::ops::{Deref, DerefMut};
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous};
 use sqlx::{Sqlite, SqlitePool, Transaction};
+use tokio::sync::{Mutex, OwnedMutexGuard};
 
 /// Connections of the pool: one writer at a time in any case, the others read.
 const CONNECTIONS_MAX: u32 = 4;
@@ -57,6 +60,35 @@ pub(crate) fn sql(doing: &'static str) -> impl FnOnce(sqlx::Error) -> CatalogErr
 #[derive(Clone, Debug)]
 pub struct Catalog {
     pool: SqlitePool,
+    /// Writers queue here, in order and without a time limit, instead of each holding a connection while it waits.
+    turn: Arc<Mutex<()>>,
+}
+
+/// A transaction that writes. Dropped without [`Write::commit`] it changes nothing.
+#[derive(Debug)]
+pub(crate) struct Write {
+    transaction: Transaction<'static, Sqlite>,
+    _turn: OwnedMutexGuard<()>,
+}
+
+impl Write {
+    pub async fn commit(self) -> Result<(), sqlx::Error> {
+        self.transaction.commit().await
+    }
+}
+
+impl Deref for Write {
+    type Target = Transaction<'static, Sqlite>;
+
+    fn deref(&self) -> &Self::Target {
+        &self.transaction
+    }
+}
+
+impl DerefMut for Write {
+    fn deref_mut(&mut self) -> &mut Self::Target {
+        &mut self.transaction
+    }
 }
 
 impl Catalog {
@@ -72,7 +104,7 @@ impl Catalog {
         let pool = SqlitePoolOptions::new().max_connections(CONNECTIONS_MAX).connect_with(options).await;
         let pool = pool.map_err(sql("open the database"))?;
         sqlx::migrate!("./migrations").run(&pool).await?;
-        Ok(Self { pool })
+        Ok(Self { pool, turn: Arc::default() })
     }
 
     /// The connections, for the tables of other parts of the server.
@@ -81,8 +113,10 @@ impl Catalog {
     }
 
     /// Begins a transaction that holds the write lock from the start.
-    pub(crate) async fn begin(&self) -> Result<Transaction<'static, Sqlite>, CatalogError> {
-        self.pool.begin_with("BEGIN IMMEDIATE").await.map_err(sql("begin a transaction"))
+    pub(crate) async fn begin(&self) -> Result<Write, CatalogError> {
+        let turn = Arc::clone(&self.turn).lock_owned().await;
+        let transaction = self.pool.begin_with("BEGIN IMMEDIATE").await.map_err(sql("begin a transaction"))?;
+        Ok(Write { transaction, _turn: turn })
     }
 
     /// Moves the write-ahead log into the database file and closes all connections.

@@ -51,7 +51,7 @@ impl Catalog {
             .bind(signed(pack.file_bytes))
             .bind(i64::from(pack.blocks_end))
             .bind(i64::from(pack.blocks))
-            .execute(&mut *transaction)
+            .execute(&mut **transaction)
             .await
             .map_err(sql("record packs"))?;
         }

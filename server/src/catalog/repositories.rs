@@ -95,7 +95,7 @@ impl Catalog {
             "UPDATE repositories SET epoch = epoch + 1, published = published + 1 WHERE number = ? RETURNING epoch - 1",
         )
         .bind(repository)
-        .fetch_one(&mut *transaction)
+        .fetch_one(&mut **transaction)
         .await
         .map_err(sql(doing))?;
         for ((pack, offset), state) in changes {
@@ -117,7 +117,7 @@ impl Catalog {
                 None => query,
                 Some(name) => query.bind(name).bind(epoch),
             };
-            query.execute(&mut *transaction).await.map_err(sql(doing))?;
+            query.execute(&mut **transaction).await.map_err(sql(doing))?;
         }
         transaction.commit().await.map_err(sql(doing))?;
         Ok(unsigned(epoch))
@@ -138,7 +138,7 @@ impl Catalog {
             sqlx::query_scalar("SELECT 1 FROM leases WHERE session = ? AND fence = ? AND ended = 0")
                 .bind(session.as_slice())
                 .bind(signed(fence))
-                .fetch_optional(&mut *transaction)
+                .fetch_optional(&mut **transaction)
                 .await
                 .map_err(sql(doing))?;
         if held.is_none() {
@@ -149,7 +149,7 @@ impl Catalog {
                 .bind(repository)
                 .bind(i64::from(*pack))
                 .bind(i64::from(*offset))
-                .execute(&mut *transaction)
+                .execute(&mut **transaction)
                 .await
                 .map_err(sql(doing))?;
         }

@@ -109,7 +109,7 @@ impl Catalog {
             .bind(new.repository)
             .bind(new.agent.as_bytes().as_slice())
             .bind(new.domain.as_bytes().as_slice())
-            .fetch_optional(&mut *transaction)
+            .fetch_optional(&mut **transaction)
             .await
             .map_err(sql(doing))?;
             match row {
@@ -129,7 +129,7 @@ impl Catalog {
                 .bind(new.session.as_bytes().as_slice())
                 .bind(new.now_ns)
                 .bind(old.as_bytes().as_slice())
-                .execute(&mut *transaction)
+                .execute(&mut **transaction)
                 .await
                 .map_err(sql(doing))?;
             end_lease(&mut transaction, &old).await?;
@@ -137,7 +137,7 @@ impl Catalog {
         let (current, fence): (i64, i64) =
             sqlx::query_as("UPDATE repositories SET fence = fence + 1 WHERE number = ? RETURNING epoch, fence")
                 .bind(new.repository)
-                .fetch_one(&mut *transaction)
+                .fetch_one(&mut **transaction)
                 .await
                 .map_err(sql(doing))?;
         let epoch = epoch.unwrap_or(unsigned(current));
@@ -148,7 +148,7 @@ impl Catalog {
             .bind(new.agent.as_bytes().as_slice())
             .bind(new.domain.as_bytes().as_slice())
             .bind(new.now_ns)
-            .execute(&mut *transaction)
+            .execute(&mut **transaction)
             .await
             .map_err(sql(doing))?;
         sqlx::query("INSERT INTO leases (session, repository, epoch, fence) VALUES (?, ?, ?, ?)")
@@ -156,7 +156,7 @@ impl Catalog {
             .bind(new.repository)
             .bind(signed(epoch))
             .bind(fence)
-            .execute(&mut *transaction)
+            .execute(&mut **transaction)
             .await
             .map_err(sql(doing))?;
         transaction.commit().await.map_err(sql(doing))?;
@@ -191,7 +191,7 @@ impl Catalog {
         .bind(now_ns)
         .bind(session.as_bytes().as_slice())
         .bind(signed(fence))
-        .execute(&mut *transaction)
+        .execute(&mut **transaction)
         .await
         .map_err(sql("end a session"))?;
         let ended = done.rows_affected() == 1;

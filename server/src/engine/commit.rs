@@ -18,7 +18,7 @@ use strandline_messages::{AgentId, ChunkId, SnapshotId, limits};
 use super::check::verify_manifest;
 use super::completeness::{Checked, Walk, flag_trees};
 use super::state::State;
-use super::{EngineError, Lease, blocking};
+use super::{EngineError, Lease, blocking, on_own_thread};
 use crate::catalog::snapshots::{self, CommitState};
 use crate::engine::repository::CommitOutcome;
 use crate::storage::{StorageError, files};
@@ -131,7 +131,7 @@ async fn publish(
     };
     let found = {
         let state = Arc::clone(state);
-        blocking(move || Ok(read_receipt(&state, &snapshot))).await?
+        on_own_thread(move || Ok(read_receipt(&state, &snapshot))).await?
     };
     let kept = match found {
         Some(receipt) if !snapshots::place_taken(&mut transaction, number, receipt.order).await? => Some(receipt),
@@ -143,7 +143,7 @@ async fn publish(
     let encoded = receipt.encode();
     {
         let (state, bytes, encoded) = (Arc::clone(state), bytes.clone(), encoded.clone());
-        blocking(move || {
+        on_own_thread(move || {
             files::write_atomically(&state.paths.manifest(&snapshot), &bytes)?;
             Ok(files::write_atomically(&state.paths.receipt(&snapshot), &encoded)?)
         })

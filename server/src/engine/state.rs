@@ -8,7 +8,7 @@ use strandline_messages::format::repository::RepositoryV1;
 use strandline_messages::{ChunkId, ChunkKind, Sequence, SessionId, TenantName};
 
 use super::known::{BlockState, BlockStates};
-use super::{Common, EngineError, Lease, blocking};
+use super::{Common, EngineError, Lease, on_own_thread};
 use crate::catalog::repositories::{BlockPlace, RepositoryRow};
 use crate::index::{ChunkIndex, Copy};
 use crate::storage::layout::RepositoryPaths;
@@ -120,7 +120,7 @@ impl State {
         let mut states = self.blocks.write().await;
         let state = Arc::clone(self);
         // Flags fall first: without them a walk goes deeper than it must, with them it could stop above a freed block.
-        blocking(move || state.unflag(&unflag)).await?;
+        on_own_thread(move || state.unflag(&unflag)).await?;
         let epoch = self.common.catalog.publish_states(self.number, &changes).await?;
         states.generation += 1;
         for (place, change) in changes {
@@ -213,5 +213,9 @@ impl PackSink for State {
     fn pack_changed(&self, info: PackInfo) {
         self.packs.write().insert(info.number, info);
         self.changed.lock().insert(info.number);
+    }
+
+    fn pack_gone(&self, number: u32) {
+        self.packs.write().remove(&number);
     }
 }

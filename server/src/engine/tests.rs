@@ -203,6 +203,15 @@ async fn s28_a_full_disk_is_said_to_be_full_and_what_is_there_stays_readable() {
     let found = repository.locate(DomainId::FULL, &[id(0), id(1)]).await.unwrap();
     repository.read_block(found[0].unwrap()).await.unwrap();
     assert_eq!(found[1], None);
+    for failing in 1..8 {
+        // The header of a new pack can be written, then not; then its first block cannot.
+        let error = Some(io::ErrorKind::StorageFull);
+        *disk.write_errors.lock() = if failing % 2 == 0 { vec![error] } else { vec![error, None] };
+        let refused = repository.store(&lease, Sequence(1), data_block(REPOSITORY, &[id(1)]).into()).await;
+        assert!(matches!(refused, Err(StoreError::Full { .. })), "{refused:?}");
+    }
+    assert_eq!(packs(dir.path()).len(), 1, "vain attempts leave nothing behind");
+    disk.write_errors.lock().clear();
     store(&repository, &lease, 1, data_block(REPOSITORY, &[id(1)])).await;
 }
 

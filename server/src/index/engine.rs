@@ -9,7 +9,6 @@
 //! was seen the manifest is removed and never written again, so that the next start builds the index from the packs.
 
 use std::fs;
-use std::iter::Peekable;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -22,15 +21,14 @@ use super::cache::PageCache;
 use super::entry::Entry;
 use super::manifest::{self, IndexManifest};
 use super::memory::MemoryTable;
-use super::segment::{self, Segment, SegmentIter};
+use super::merge::{Merge, merge_due};
+use super::segment::{self, Segment};
 use super::{COPIES_MAX, ChunkIndex, Copy, Found, IndexError};
 
 /// Most full tables that wait to be written: two of them and the active one are about 40 MiB per repository at the default size.
 pub const FROZEN_MAX: usize = 2;
 /// Entries at which a table is frozen.
 pub const FLUSH_ENTRIES: usize = 1 << 17;
-/// Fewest segments that are worth a merge.
-const MERGE_MIN: usize = 4;
 
 /// The index of one repository.
 #[derive(Debug)]
@@ -395,7 +393,7 @@ impl Shared {
         let Some(run) = merge_due(&sizes).and_then(|count| segments.get(..count)) else { return Ok(false) };
         let number = self.new_number();
         let entries: u64 = run.iter().map(|segment| segment.entries).sum();
-        let merged = Merge { heads: run.iter().map(|segment| segment.scan().peekable()).collect() };
+        let merged = Merge::of(run);
         segment::write(&self.directory, number, usize::try_from(entries).unwrap_or(usize::MAX), merged)?;
         let merged = Arc::new(Segment::open(&self.directory, number, Arc::clone(&self.cache))?);
         let gone = |candidate: u64| run.iter().any(|segment| segment.number == candidate);
@@ -437,20 +435,6 @@ fn closing() -> IndexError {
     IndexError::Stuck { reason: "it is being closed".to_owned() }
 }
 
-/// How many of the newest segments to merge: the longest run whose oldest member is no larger than the others together, so
-/// that sizes at least double from one segment to the next older one.
-fn merge_due(sizes: &[u64]) -> Option<usize> {
-    let mut sum = 0;
-    let mut due = None;
-    for (place, &size) in sizes.iter().enumerate() {
-        if place + 1 >= MERGE_MIN && size <= sum {
-            due = Some(place + 1);
-        }
-        sum += size;
-    }
-    due
-}
-
 fn without_old_versions(mut rows: Vec<(u32, Copy)>) -> Vec<(u32, Copy)> {
     let mut kept: Vec<(u32, Copy)> = Vec::with_capacity(rows.len());
     for row in rows.drain(..) {
@@ -473,33 +457,6 @@ fn remove_strangers(directory: &Path, book: &IndexManifest) -> Result<(), IndexE
         }
     }
     Ok(())
-}
-
-/// Entries of several segments (newest first) in order; of one copy's versions only the newest.
-struct Merge<'a> {
-    heads: Vec<Peekable<SegmentIter<'a>>>,
-}
-
-impl Iterator for Merge<'_> {
-    type Item = Result<Entry, IndexError>;
-
-    fn next(&mut self) -> Option<Self::Item> {
-        let mut least: Option<Entry> = None;
-        for head in &mut self.heads {
-            match head.peek() {
-                Some(Err(_)) => return head.next(),
-                Some(Ok(entry)) if least.is_none_or(|other| entry.key() < other.key()) => least = Some(*entry),
-                None | Some(Ok(_)) => {}
-            }
-        }
-        let winner = least?;
-        for head in &mut self.heads {
-            if matches!(head.peek(), Some(Ok(entry)) if entry.key() == winner.key()) {
-                head.next();
-            }
-        }
-        Some(Ok(winner))
-    }
 }
 
 #[cfg(test)]
@@ -556,20 +513,6 @@ mod tests {
         assert_eq!(index.covered(5), 96 + 4999);
         assert_eq!(index.covered(6), 0);
         assert!(index.find(DomainId::FULL, &[id(1)]).unwrap().rows().is_empty(), "another domain sees nothing");
-    }
-
-    #[test]
-    fn the_number_of_segments_stays_small() {
-        let mut sizes: Vec<u64> = Vec::new();
-        for _ in 0..10_000 {
-            sizes.insert(0, 1);
-            while let Some(count) = merge_due(&sizes) {
-                let merged = sizes.drain(..count).sum();
-                sizes.insert(0, merged);
-            }
-            assert!(sizes.len() <= 14 + MERGE_MIN, "{sizes:?}");
-        }
-        assert_eq!(sizes.iter().sum::<u64>(), 10_000);
     }
 
     #[test]

@@ -10,6 +10,7 @@ pub mod entry;
 pub mod filter;
 pub mod manifest;
 pub mod memory;
+pub mod merge;
 pub mod segment;
 
 use std::io;

@@ -9,6 +9,7 @@ pub mod lock;
 pub mod pack_file;
 pub mod pack_reader;
 pub mod pack_writer;
+pub mod store_error;
 
 use std::io;
 use std::path::{Path, PathBuf};

@@ -15,7 +15,7 @@
 
 use std::collections::HashMap;
 use std::fs::File;
-use std::io;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread::JoinHandle;
@@ -36,6 +36,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 use super::files::FileOps;
 use super::layout::RepositoryPaths;
 use super::pack_file::{self, PackInfo};
+use super::store_error::StoreError;
 
 /// Most bytes of blocks that wait to be written, per repository.
 pub const QUEUE_BYTES_MAX: usize = 64 << 20;
@@ -45,63 +46,6 @@ const CREDIT_BYTES: usize = 1024;
 const QUEUE_JOBS_MAX: usize = QUEUE_BYTES_MAX / CREDIT_BYTES + 16;
 /// Most packs open for writing, per repository.
 pub const OPEN_PACKS_MAX: usize = 64;
-
-/// Why a block was not stored.
-#[derive(Clone, Debug, thiserror::Error)]
-pub enum StoreError {
-    /// The block is not one that this repository takes.
-    #[error("the block is refused: {0}; nothing of it was stored")]
-    Refused(#[from] FormatError),
-    /// The block belongs to another repository.
-    #[error("the block is refused: it belongs to repository {found}, not {expected}; nothing of it was stored")]
-    Foreign {
-        /// The repository in the block's header.
-        found: RepositoryId,
-        /// This repository.
-        expected: RepositoryId,
-    },
-    /// The session no longer holds its lease.
-    #[error(
-        "session {session} has ended or was superseded; its blocks are not taken any more, what was acknowledged is safe"
-    )]
-    Fenced {
-        /// The session.
-        session: SessionId,
-    },
-    /// No space left.
-    #[error(
-        "the disk is full ({source}); the block was not stored, what was acknowledged is safe; free space or prune, then run the backup again"
-    )]
-    Full {
-        /// What the operating system said.
-        source: Arc<io::Error>,
-    },
-    /// The disk fails.
-    #[error("the block could not be stored: {source}; what was acknowledged is safe; check the disk of the server")]
-    Io {
-        /// What the operating system said.
-        source: Arc<io::Error>,
-    },
-    /// The block is on disk but could not be indexed, so it is not acknowledged.
-    #[error("the block could not be indexed: {reason}; it was not acknowledged, what was acknowledged is safe")]
-    Index {
-        /// What went wrong.
-        reason: Arc<str>,
-    },
-    /// The repository is being closed.
-    #[error("the repository is being closed; what was acknowledged is safe; send the block again after the restart")]
-    Closed,
-}
-
-impl StoreError {
-    pub(crate) fn from_io(error: io::Error) -> Self {
-        let source = Arc::new(error);
-        match source.kind() {
-            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Self::Full { source },
-            _ => Self::Io { source },
-        }
-    }
-}
 
 /// How groups are formed.
 #[derive(Clone, Copy, Debug)]
@@ -156,6 +100,8 @@ pub trait PackSink: Send + Sync {
     fn stored(&self, info: PackInfo, blocks: &[StoredBlock]) -> Result<(), String>;
     /// A pack was opened or sealed.
     fn pack_changed(&self, info: PackInfo);
+    /// A pack in which nothing was ever confirmed was removed.
+    fn pack_gone(&self, number: u32);
 }
 
 type Reply = oneshot::Sender<Result<Durable<Sequence>, StoreError>>;
@@ -428,10 +374,21 @@ impl Worker {
             stored.push(stored_block);
         }
         let path = self.shared.paths.pack(pack.info.number);
-        self.shared.ops.write_at(&pack.file, &path, &parts, start).map_err(StoreError::from_io)?;
-        let began = clock::now();
-        self.shared.ops.sync(&pack.file, &path).map_err(StoreError::from_io)?;
-        self.last_sync = began.elapsed();
+        let mut sync_time = Duration::ZERO;
+        let written = self.shared.ops.write_at(&pack.file, &path, &parts, start).and_then(|()| {
+            let began = clock::now();
+            self.shared.ops.sync(&pack.file, &path)?;
+            sync_time = began.elapsed();
+            Ok(())
+        });
+        if let Err(error) = written {
+            if pack.entries.is_empty() {
+                // An agent that keeps trying on a full disk would otherwise leave a pack without blocks each time.
+                self.remove(pack.info.number, &path);
+            }
+            return Err(StoreError::from_io(error));
+        }
+        self.last_sync = sync_time;
         pack.entries.append(&mut entries);
         pack.info.blocks_end = u32::try_from(end).map_err(|_| too_large())?;
         pack.info.file_bytes = end;
@@ -460,14 +417,15 @@ impl Worker {
         let header = PackHeaderV1 { repository: shared.repository, domain, number, created_ns: clock::wall_ns() };
         let header = Bytes::from(header.encode());
         let end = header.len() as u64;
-        let create = || -> io::Result<File> {
-            let file = shared.ops.create(&path)?;
-            shared.ops.write_at(&file, &path, &[header], 0)?;
+        let file = shared.ops.create(&path).map_err(StoreError::from_io)?;
+        let begun = shared.ops.write_at(&file, &path, &[header], 0).and_then(|()| {
             shared.ops.sync(&file, &path)?;
-            shared.ops.sync_directory(&shared.paths.packs())?;
-            Ok(file)
-        };
-        let file = create().map_err(StoreError::from_io)?;
+            shared.ops.sync_directory(&shared.paths.packs())
+        });
+        if let Err(error) = begun {
+            self.remove(number, &path);
+            return Err(StoreError::from_io(error));
+        }
         let blocks_end = u32::try_from(end).map_err(|_| too_large())?;
         let info = PackInfo { number, domain, sealed: false, file_bytes: end, blocks_end, blocks: 0 };
         shared.sink.pack_changed(info);
@@ -485,6 +443,12 @@ impl Worker {
                 tracing::warn!(pack = pack.info.number, %error, "a pack could not be sealed; its blocks are intact, the next start seals it");
             }
         }
+    }
+
+    fn remove(&self, number: u32, path: &Path) {
+        // If even this fails, the next start seals the pack or sets it aside.
+        let _ = std::fs::remove_file(path);
+        self.shared.sink.pack_gone(number);
     }
 
     fn abandon(&mut self, domain: DomainId) {
