@@ -20,7 +20,7 @@ use tokio::sync::oneshot;
 use tracing::{debug, warn};
 
 use crate::control_channel::{AskError, AskServer, ControlChannel, TellServer};
-use crate::dispatcher::{FinishDispatch, UseSession};
+use crate::dispatcher::{DispatchFailed, FinishDispatch, LearnDurable, SendAgain, UseSession};
 use crate::runtime::clock;
 use crate::stream_pool::{PoolSettings, Reaction, StreamPool};
 
@@ -130,6 +130,14 @@ impl Fetcher {
         }
     }
 
+    fn fail_all(&mut self, reason: &str) {
+        let refusal = Refused::new(RefusalCode::Internal, reason);
+        let numbers: Vec<_> = self.requests.keys().copied().collect();
+        for number in numbers {
+            self.failed(number, AskError::Refused(refusal.clone()));
+        }
+    }
+
     fn arrived(&mut self, frame: BlockFrame) {
         let number = u32::try_from(frame.sequence.0 >> 32).unwrap_or(u32::MAX);
         let cost = Credit::cost(frame.block.len() as u64);
@@ -220,6 +228,28 @@ impl Handler<UseSession> for Fetcher {
     }
 }
 
+/// A restore session has nothing durable to learn.
+impl Handler<LearnDurable> for Fetcher {
+    type Result = ();
+
+    fn handle(&mut self, _: LearnDurable, _: &mut Context<Self>) {}
+}
+
+/// A restore session sends nothing.
+impl Handler<SendAgain> for Fetcher {
+    type Result = ();
+
+    fn handle(&mut self, _: SendAgain, _: &mut Context<Self>) {}
+}
+
+impl Handler<DispatchFailed> for Fetcher {
+    type Result = ();
+
+    fn handle(&mut self, DispatchFailed(reason): DispatchFailed, _: &mut Context<Self>) {
+        self.fail_all(&reason);
+    }
+}
+
 impl Handler<FetchBlocks> for Fetcher {
     type Result = ResponseFuture<Result<Fetched, AskError>>;
 
@@ -253,13 +283,7 @@ impl Handler<StreamEvent> for Fetcher {
                 self.losses += 1;
                 self.wake(ctx);
             }
-            Reaction::GaveUp(reason) => {
-                let refusal = Refused::new(RefusalCode::Internal, reason);
-                let numbers: Vec<_> = self.requests.keys().copied().collect();
-                for number in numbers {
-                    self.failed(number, AskError::Refused(refusal.clone()));
-                }
-            }
+            Reaction::GaveUp(reason) => self.fail_all(&reason),
             Reaction::Closed => self.finish_when_closed(),
             Reaction::Nothing | Reaction::Ready(_) => {}
         }

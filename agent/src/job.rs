@@ -17,13 +17,14 @@ use strandline_actors::dispatcher::{
 };
 use strandline_actors::runtime::budget::ByteBudget;
 use strandline_actors::runtime::clock;
-use strandline_messages::SnapshotId;
+use strandline_messages::format::block::ChunkRow;
+use strandline_messages::{ChunkKind, SnapshotId};
 use strandline_messages::format::manifest::{DetailsV1, Totals};
 use strandline_messages::format::repository::RepositoryV1;
 use strandline_messages::wire::{Commit, Committed, Message, SessionKind};
 use tokio::sync::Notify;
 
-use crate::backup::ports::{DiscardingSink, NullSealer, Ports};
+use crate::backup::ports::{BlockSealer, BlockSink, DiscardingSink, NullSealer, Ports};
 use crate::backup::progress::Progress;
 use crate::backup::{BackupError, BackupPlan, CacheTrust, ChunkKeys, PassOutcome, run_pass};
 use crate::cache::{CacheIdentity, CacheReader, PendingCache};
@@ -68,6 +69,19 @@ pub enum JobError {
 impl From<AskError> for JobError {
     fn from(error: AskError) -> Self {
         Self::Client(error.into())
+    }
+}
+
+impl BlockSealer for Sealer {
+    fn seal(
+        &mut self,
+        kind: ChunkKind,
+        rows: &[ChunkRow],
+        plaintext: &[u8],
+        lengths: &[u32],
+        out: &mut Vec<u8>,
+    ) -> Result<(), BackupError> {
+        Self::seal(self, kind, rows, plaintext, lengths, out).map_err(|error| BackupError::Port(Box::new(error)))
     }
 }
 
@@ -316,14 +330,14 @@ impl Run<'_> {
         let data_key = data_key.clone();
         let mut running = tokio::task::spawn_blocking(move || {
             let mut plan = request.plan.clone();
-            let sealers = || -> Result<Box<dyn crate::backup::ports::BlockSealer>, BackupError> {
+            let sealers = || -> Result<Box<dyn BlockSealer>, BackupError> {
                 if request.dry_run {
                     return Ok(Box::new(NullSealer));
                 }
                 Ok(Box::new(Sealer::with_data_key(data_key.clone(), request.level)))
             };
             let discarding = DiscardingSink;
-            let sink: &dyn crate::backup::ports::BlockSink = if request.dry_run {
+            let sink: &dyn BlockSink = if request.dry_run {
                 &discarding
             } else {
                 plan.cache = Some(cache);

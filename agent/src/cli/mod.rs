@@ -10,6 +10,7 @@ mod progress;
 mod repository;
 mod restore;
 mod selector;
+mod session;
 mod settings;
 mod snapshots;
 mod status;

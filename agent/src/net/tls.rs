@@ -128,8 +128,7 @@ async fn request(
     token: &EnrolmentToken,
     label: &str,
 ) -> Result<NewAgent, EnrollError> {
-    let sent = connection.get_ref().1.peer_certificates().unwrap_or_default();
-    let authority = authority_sent(sent, token.authority)?.into_owned();
+    let authority = authority_sent(connection.get_ref().1, token.authority)?;
     let key = EnrolmentKey::generate()?;
     let enroll = Enroll {
         secret: token.secret.0.to_vec().into(),
