@@ -79,10 +79,16 @@ impl Embedded {
         let path = directory.to_owned();
         let opening = async move {
             let options = EngineOptions { lock_wait, ..EngineOptions::default() };
-            let opened = Engine::open(&path, options).await.map(|engine| {
-                let engine = Arc::new(engine);
-                (ServerCore::start(Arc::clone(&engine), settings()), engine)
-            });
+            let opened = match Engine::open(&path, options).await {
+                Err(error) => Err(error),
+                Ok(engine) => {
+                    let engine = Arc::new(engine);
+                    let core = ServerCore::start(Arc::clone(&engine), settings());
+                    // The agents of a directory's sessions live in the process that opened it.
+                    core.expire_left_open(&engine, "the process that ran it has ended").await;
+                    Ok((core, engine))
+                }
+            };
             // Whoever waits is in this process.
             let _ = reply.send(opened);
         };

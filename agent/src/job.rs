@@ -197,7 +197,7 @@ pub async fn run_backup(
     };
     client.begin(SessionKind::Backup, &repository.name, keyset, Some(news)).await?;
     let run = Run { client, repository, keyset, request: Arc::new(request), view, dispatcher, budget };
-    run.to_the_end().await
+    run.complete().await
 }
 
 struct Run<'a> {
@@ -211,7 +211,7 @@ struct Run<'a> {
 }
 
 impl Run<'_> {
-    async fn to_the_end(self) -> Result<BackupReport, JobError> {
+    async fn complete(self) -> Result<BackupReport, JobError> {
         let started = clock::now();
         let outcome = self.passes().await.map_err(|error| self.root_cause(error));
         match &outcome {

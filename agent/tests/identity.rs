@@ -14,7 +14,7 @@ use strandline_agent::identity::{
     server_name, servers,
 };
 use strandline_messages::{AuthorityHash, ServerAddress};
-use strandline_server::data_dir::open_catalog;
+use strandline_server::catalog::Catalog;
 use strandline_server::pki::{Authority, ServerIdentity};
 use strandline_server::tenancy::{Enrolled, TOKEN_VALIDITY_MAX, Tenancy, enrol, renew};
 use strandline_server::tls::{Accepted, AgentPeer, Refusal, ServerCertificate, accepted_peer, server_config};
@@ -36,7 +36,7 @@ impl Site {
     async fn new() -> Self {
         let data = tempfile::tempdir().unwrap();
         let authority = Authority::create(data.path()).unwrap();
-        let tenancy = Tenancy::open(open_catalog(data.path()).await.unwrap(), data.path()).await.unwrap();
+        let tenancy = Tenancy::open(Catalog::open(&data.path().join("catalog.sqlite")).await.unwrap().pool().clone(), data.path()).await.unwrap();
         tenancy.add_tenant(&"acme".parse().unwrap()).await.unwrap();
         let identity = authority.server(&["localhost".to_owned(), "127.0.0.1".to_owned()]).unwrap();
         let config = serving(&authority, identity);

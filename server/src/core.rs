@@ -3,6 +3,7 @@
 //! `listener` feeds it TLS connections; an agent's embedded server feeds it in-process pipes. Each accepted connection is
 //! greeted and then owned by exactly one actor.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,13 +17,13 @@ use strandline_actors::runtime::clock;
 use strandline_actors::runtime::transport::{Connection, LinkError, accept};
 use strandline_actors::session_registry::{ObserveSessions, SessionRegistry, SessionSettings, StopServing};
 use strandline_actors::stream::{Origin, Stream};
-use strandline_messages::AgentId;
+use strandline_messages::{AgentId, SessionId};
 use strandline_messages::mail::Peer;
 use strandline_messages::wire::Purpose;
 use tokio::sync::Semaphore;
 
 use crate::config::Config;
-use crate::engine::Engine;
+use crate::engine::{Engine, SessionEnd};
 use crate::host::EngineHost;
 
 /// How long streams may take to drain when the server stops.
@@ -56,6 +57,9 @@ impl From<&Config> for CoreSettings {
     }
 }
 
+/// The control connections that were accepted; those that have ended are removed when another comes.
+type Controls = Vec<(AgentId, Addr<ControlHost>)>;
+
 /// See the module. Cheap to clone.
 #[derive(Clone)]
 pub struct ServerCore {
@@ -63,7 +67,7 @@ pub struct ServerCore {
     registry: Addr<SessionRegistry>,
     streams: StreamLimits,
     budget: Arc<Semaphore>,
-    controls: Arc<Mutex<Vec<(AgentId, Addr<ControlHost>)>>>,
+    controls: Arc<Mutex<Controls>>,
 }
 
 impl ServerCore {
@@ -119,6 +123,27 @@ impl ServerCore {
     pub fn close_agent(&self, agent: AgentId) {
         for (_, control) in self.controls.lock().iter().filter(|(known, _)| *known == agent) {
             control.do_send(CloseControl);
+        }
+    }
+
+    /// Ends the sessions that an earlier process left open and nobody has resumed: their leases would hold on for ever.
+    pub async fn expire_left_open(&self, engine: &Engine, reason: &str) {
+        let seen = self.registry.send(ObserveSessions).await.unwrap_or_default();
+        let alive: HashSet<SessionId> = seen.iter().map(|view| view.status.session).collect();
+        for repository in engine.all() {
+            let left = match repository.open_leases().await {
+                Ok(leases) => leases.into_iter().filter(|lease| !alive.contains(&lease.session)),
+                Err(error) => {
+                    tracing::warn!(%error, "sessions that were left open cannot be listed");
+                    continue;
+                }
+            };
+            for lease in left {
+                tracing::info!(session = %lease.session.short(), reason, "session ended");
+                if let Err(error) = repository.end_session(&lease, SessionEnd::Expired, reason).await {
+                    tracing::warn!(%error, "a session that was left open could not be ended");
+                }
+            }
         }
     }
 

@@ -222,6 +222,15 @@ impl Engine {
         }
     }
 
+    /// Every usable repository of every tenant.
+    pub fn all(&self) -> Vec<Arc<Repository>> {
+        let open = |entry: &Entry| match entry {
+            Entry::Open(repository) => Some(Arc::clone(repository)),
+            Entry::Unusable(_) => None,
+        };
+        self.repositories.read().values().filter_map(open).collect()
+    }
+
     /// A tenant's usable repositories by name.
     #[expect(clippy::unused_async, reason = "a cluster's engine asks its database here")]
     pub async fn repositories(&self, tenant: &TenantName) -> Result<Vec<RepositoryV1>, EngineError> {

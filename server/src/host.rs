@@ -61,12 +61,12 @@ impl Host for EngineHost {
     ) -> BoxFuture<'static, Result<Opening, Refused>> {
         let engine = Arc::clone(&self.engine);
         async move {
-            let repository = engine.repository(&peer.tenant, &request.repository).await.map_err(refusal)?;
+            let repository = engine.repository(&peer.tenant, &request.repository).await.map_err(|error| refusal(&error))?;
             let writer = verified_writer(repository.file(), &request, &nonce)?;
             let opened = repository
                 .open_session(session, peer.agent, writer.domain(), request.resume_of)
                 .await
-                .map_err(refusal)?;
+                .map_err(|error| refusal(&error))?;
             match opened {
                 Opened::Fresh(lease) => {
                     Ok(Opening::Granted { store: Arc::new(LeasedRepository { repository, lease }) })
@@ -110,8 +110,8 @@ impl Host for EngineHost {
 }
 
 async fn describe(engine: &Engine, peer: &Peer, request: &DescribeRepository) -> Result<Message, Refused> {
-    let repository = engine.repository(&peer.tenant, &request.repository).await.map_err(refusal)?;
-    let slots = repository.slots().await.map_err(refusal)?;
+    let repository = engine.repository(&peer.tenant, &request.repository).await.map_err(|error| refusal(&error))?;
+    let slots = repository.slots().await.map_err(|error| refusal(&error))?;
     Ok(Message::RepositoryDescribed(RepositoryDescribed {
         file: repository.file().encode().into(),
         slots: slots.into_iter().map(Into::into).collect(),
@@ -125,14 +125,14 @@ async fn create(engine: &Engine, peer: &Peer, request: CreateRepository) -> Resu
         return Err(Refused::new(RefusalCode::Invalid, "a repository needs a key slot: nobody could read it"));
     }
     let slots = request.slots.into_iter().map(serde_bytes::ByteBuf::into_vec).collect();
-    engine.create_repository(&peer.tenant, file, slots).await.map_err(refusal)?;
+    engine.create_repository(&peer.tenant, file, slots).await.map_err(|error| refusal(&error))?;
     Ok(Message::RepositoryCreated)
 }
 
 async fn list(engine: &Engine, peer: &Peer, request: &ListSnapshots) -> Result<Message, Refused> {
-    let repository = engine.repository(&peer.tenant, &request.repository).await.map_err(refusal)?;
+    let repository = engine.repository(&peer.tenant, &request.repository).await.map_err(|error| refusal(&error))?;
     let limit = (request.limit as usize).clamp(1, limits::LIST_PAGE_MAX);
-    let found = repository.snapshots(request.after_order, limit).await.map_err(refusal)?;
+    let found = repository.snapshots(request.after_order, limit).await.map_err(|error| refusal(&error))?;
     let mut room = limits::CONTROL_BYTES_MAX - 1024;
     let mut snapshots = Vec::with_capacity(found.len());
     for (order, manifest, receipt) in found {
@@ -153,9 +153,9 @@ struct StatusQuestion {
 impl StatusQuestion {
     async fn answer(&self, engine: &Engine, peer: &Peer) -> Result<Message, Refused> {
         let mut repositories = Vec::new();
-        for file in engine.repositories(&peer.tenant).await.map_err(refusal)? {
-            let repository = engine.repository(&peer.tenant, &file.name).await.map_err(refusal)?;
-            let totals = repository.totals().await.map_err(refusal)?;
+        for file in engine.repositories(&peer.tenant).await.map_err(|error| refusal(&error))? {
+            let repository = engine.repository(&peer.tenant, &file.name).await.map_err(|error| refusal(&error))?;
+            let totals = repository.totals().await.map_err(|error| refusal(&error))?;
             repositories.push(RepositoryStatus {
                 name: file.name,
                 snapshots: totals.snapshots,
@@ -204,8 +204,8 @@ fn verified_writer(
     if allowed { Ok(writer) } else { Err(denied("the key's capability does not include this")) }
 }
 
-fn refusal(error: EngineError) -> Refused {
-    let code = match &error {
+fn refusal(error: &EngineError) -> Refused {
+    let code = match error {
         EngineError::NoSuchRepository { .. } => RefusalCode::NoSuchRepository,
         EngineError::AlreadyExists { .. } => RefusalCode::RepositoryExists,
         EngineError::Fenced { .. } => RefusalCode::Superseded,

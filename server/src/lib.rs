@@ -9,7 +9,6 @@ pub mod catalog;
 pub mod cli;
 pub mod config;
 pub mod core;
-pub mod data_dir;
 pub mod engine;
 pub mod host;
 pub mod index;

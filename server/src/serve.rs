@@ -176,6 +176,8 @@ pub async fn serve(options: ServeOptions) -> anyhow::Result<()> {
     let socket = AdminSocket::bind(&data)?;
     tracing::info!(data = %data.display(), listening = ?addresses, "server started");
 
+    let mut grace = std::pin::pin!(tokio::time::sleep(config.session_grace));
+    let mut swept = false;
     let mut names = config.names.clone();
     let mut administration = std::pin::pin!(socket.serve(&administrator));
     loop {
@@ -185,6 +187,10 @@ pub async fn serve(options: ServeOptions) -> anyhow::Result<()> {
                 Told::Stop => break,
                 Told::Reload => names = reload(&config_path, &config, names),
             },
+            () = &mut grace, if !swept => {
+                swept = true;
+                core.expire_left_open(&engine, "the server was restarted and the agent did not come back").await;
+            }
             () = tokio::time::sleep(CERTIFICATE_CHECK) => {}
         }
         refresh_certificate(&authority, &certificate, &names);

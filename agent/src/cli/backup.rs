@@ -191,10 +191,10 @@ fn summary(global: &Global, report: &BackupReport, dry_run: bool) -> anyhow::Res
         output::size(totals.bytes_new),
     );
     if totals.errors > 0 {
-        text.push_str(&format!("{} things could not be saved as they are; everything else was\n", totals.errors));
+        text += &format!("{} things could not be saved as they are; everything else was\n", totals.errors);
     }
     match report.snapshot {
-        Some(id) => text.push_str(&format!("snapshot {} saved\n", id.short())),
+        Some(id) => text += &format!("snapshot {} saved\n", id.short()),
         None => text.push_str("dry run: nothing was sent or stored\n"),
     }
     output::print(text.as_bytes())

@@ -42,7 +42,7 @@ pub struct Interrupted(pub &'static str);
 
 /// The exit code that an error stands for.
 pub fn exit_code(error: &anyhow::Error) -> u8 {
-    error.chain().find_map(|cause| of_cause(cause)).unwrap_or(FATAL)
+    error.chain().find_map(of_cause).unwrap_or(FATAL)
 }
 
 fn of_cause(cause: &(dyn std::error::Error + 'static)) -> Option<u8> {

@@ -194,8 +194,6 @@ fn first_line(reader: impl std::io::Read) -> anyhow::Result<String> {
     if line.is_empty() { Err(anyhow!("the passphrase or key is empty")) } else { Ok(line.to_owned()) }
 }
 
-use std::io::Read as _;
-
 #[derive(Serialize)]
 struct Created {
     message_type: &'static str,
@@ -212,18 +210,15 @@ async fn create(server: &Connected, global: &Global, place: &Place) -> anyhow::R
     let file = keyset.public_file(server.name.clone(), default_chunking(), now_ns);
     let recovery: [u8; 32] = random()?;
     let mut slots = vec![seal_slot(&keyset, &SlotSecret::Recovery(recovery), "recovery key", now_ns)?.encode()];
-    let key_file = match passphrase(global, place)? {
-        Some(passphrase) => {
-            slots.push(seal_slot(&keyset, &SlotSecret::Passphrase(passphrase), "passphrase", now_ns)?.encode());
-            None
-        }
-        None => {
-            let key: [u8; 32] = random()?;
-            let path = key_file_path(&place.config_dir, &id);
-            store_key_file(&path, &key)?;
-            slots.push(seal_slot(&keyset, &SlotSecret::KeyFile(key), &host_name(), now_ns)?.encode());
-            Some(path)
-        }
+    let key_file = if let Some(passphrase) = passphrase(global, place)? {
+        slots.push(seal_slot(&keyset, &SlotSecret::Passphrase(passphrase), "passphrase", now_ns)?.encode());
+        None
+    } else {
+        let key: [u8; 32] = random()?;
+        let path = key_file_path(&place.config_dir, &id);
+        store_key_file(&path, &key)?;
+        slots.push(seal_slot(&keyset, &SlotSecret::KeyFile(key), &host_name(), now_ns)?.encode());
+        Some(path)
     };
     server.client.create(&file, &slots).await?;
     let recovery = format_recovery_key(&recovery);

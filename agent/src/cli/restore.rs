@@ -192,7 +192,7 @@ fn summary(global: &Global, report: &RestoreReport) -> anyhow::Result<()> {
     );
     let mut note = |count: u64, what: &str| {
         if count > 0 {
-            text.push_str(&format!("{count} {what}\n"));
+            text += &format!("{count} {what}\n");
         }
     };
     note(report.left, "left as they were");

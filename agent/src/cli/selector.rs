@@ -27,10 +27,10 @@ pub struct Snapshot {
 /// All snapshots, oldest first. One that cannot be verified is reported and left out.
 pub async fn all(opened: &Opened) -> anyhow::Result<Vec<Snapshot>> {
     let listed = opened.server.client.snapshots(&opened.server.name).await?;
-    Ok(listed.into_iter().filter_map(|listing| verified(&opened.keyset, listing)).collect())
+    Ok(listed.into_iter().filter_map(|listing| verified(&opened.keyset, &listing)).collect())
 }
 
-fn verified(keyset: &Keyset, listing: SnapshotListing) -> Option<Snapshot> {
+fn verified(keyset: &Keyset, listing: &SnapshotListing) -> Option<Snapshot> {
     let id = snapshot_id(&listing.manifest);
     match open_manifest(keyset, &listing.manifest) {
         Ok((manifest, details)) => {

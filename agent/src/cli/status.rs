@@ -97,7 +97,7 @@ fn text(report: &Report, local: bool) -> String {
             report.agent
         ));
     }
-    text.push_str(&format!("free      {}\n", output::size(report.free_bytes)));
+    text += &format!("free      {}\n", output::size(report.free_bytes));
     let rows: Vec<_> = report
         .repositories
         .iter()

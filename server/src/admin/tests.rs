@@ -9,13 +9,14 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use super::*;
 use crate::config::Config;
-use crate::data_dir::open_catalog;
+use crate::catalog::Catalog;
 use crate::pki::Authority;
 use crate::tenancy::Tenancy;
 
 async fn administrator(data: &Path) -> Administrator<Idle> {
     let authority = Arc::new(Authority::create(data).unwrap());
-    let tenancy = Tenancy::open(open_catalog(data).await.unwrap(), data).await.unwrap();
+    let catalog = Catalog::open(&data.join("catalog.sqlite")).await.unwrap();
+    let tenancy = Tenancy::open(catalog.pool().clone(), data).await.unwrap();
     Administrator::new(data.to_owned(), Config::default(), tenancy, authority, Idle)
 }
 

@@ -9,8 +9,11 @@ use strandline_actors::runtime::clock;
 use super::{AgentCommand, Command, TenantCommand, TokenCommand};
 use crate::admin::{AdminError, AdminHandler, AdminReply, AdminRequest, Administrator, Idle, ask};
 use crate::config::Config;
-use crate::data_dir::{DataDirError, DataLock, LOCK_NAME, open_catalog};
+use crate::catalog::Catalog;
 use crate::pki::Authority;
+use crate::storage::StorageError;
+use crate::storage::layout::DataPaths;
+use crate::storage::lock::DirectoryLock;
 use crate::tenancy::Tenancy;
 
 /// The administrator's request was refused.
@@ -56,14 +59,13 @@ pub(super) async fn administer(
         }
         // Before the lock, which would be made: a directory that is no server's is left as it is.
         let config = Config::load(config_path)?;
-        let holder = match DataLock::try_take(data)? {
+        match DirectoryLock::take(data, &DataPaths::new(data).lock(), Duration::ZERO) {
             Ok(lock) => break directly(data, config, lock, request).await?,
-            Err(holder) => holder,
-        };
-        if deadline.is_some_and(|deadline| clock::now() >= deadline) {
-            return Err(DataDirError::Locked { path: data.join(LOCK_NAME), holder }.into());
+            Err(StorageError::Locked { .. }) if deadline.is_none_or(|deadline| clock::now() < deadline) => {
+                tokio::time::sleep(RETRY).await;
+            }
+            Err(error) => return Err(error.into()),
         }
-        tokio::time::sleep(RETRY).await;
     };
     match reply {
         AdminReply::Failed { exit_code, message } => Err(Refused { exit_code, message }.into()),
@@ -71,11 +73,16 @@ pub(super) async fn administer(
     }
 }
 
-async fn directly(data: &Path, config: Config, _lock: DataLock, request: AdminRequest) -> anyhow::Result<AdminReply> {
+async fn directly(
+    data: &Path,
+    config: Config,
+    _lock: DirectoryLock,
+    request: AdminRequest,
+) -> anyhow::Result<AdminReply> {
     let authority = Arc::new(Authority::load(data)?);
-    let pool = open_catalog(data).await?;
-    let tenancy = Tenancy::open(pool.clone(), data).await?;
+    let catalog = Catalog::open(&DataPaths::new(data).catalog()).await?;
+    let tenancy = Tenancy::open(catalog.pool().clone(), data).await?;
     let reply = Administrator::new(data.to_owned(), config, tenancy, authority, Idle).handle(request).await;
-    pool.close().await;
+    catalog.close().await?;
     Ok(reply)
 }

@@ -8,8 +8,10 @@ use anyhow::{Context, bail};
 
 use super::InitArguments;
 use crate::config::{CONFIG_NAME, Config, write_initial};
-use crate::data_dir::{DataLock, LOCK_NAME, open_catalog};
+use crate::catalog::Catalog;
 use crate::pki::{Authority, PkiError, files};
+use crate::storage::layout::{DataPaths, LOCK_NAME};
+use crate::storage::lock::DirectoryLock;
 use crate::tenancy::Tenancy;
 
 /// What `init` made.
@@ -25,7 +27,8 @@ pub(super) struct Initialised {
 pub(super) async fn init(data: &Path, arguments: &InitArguments, lock_wait: Duration) -> anyhow::Result<Initialised> {
     refuse_foreign(data)?;
     files::create_directory(data).with_context(|| format!("cannot create {}", data.display()))?;
-    let _lock = DataLock::take(data, lock_wait).await?;
+    let paths = DataPaths::new(data);
+    let _lock = DirectoryLock::take(data, &paths.lock(), lock_wait)?;
     let config_path = data.join(CONFIG_NAME);
     if config_path.exists() {
         bail!("{}", describe_existing(data).await);
@@ -35,9 +38,9 @@ pub(super) async fn init(data: &Path, arguments: &InitArguments, lock_wait: Dura
         Err(PkiError::Missing { .. }) => Authority::create(data),
         loaded => loaded,
     }?;
-    let pool = open_catalog(data).await?;
-    Tenancy::open(pool.clone(), data).await?;
-    pool.close().await;
+    let catalog = Catalog::open(&paths.catalog()).await?;
+    Tenancy::open(catalog.pool().clone(), data).await?;
+    catalog.close().await?;
     let config = write_initial(&config_path, &names, &arguments.listen, &arguments.advertise)?;
     authority.server(&config.names)?;
     Ok(Initialised { data: data.to_owned(), config })
@@ -81,8 +84,8 @@ async fn describe_existing(data: &Path) -> String {
         Err(_) => text.push_str("no usable authority (pki/)"),
     }
     let tenants = async {
-        let pool = open_catalog(data).await.ok()?;
-        let tenants = Tenancy::open(pool, data).await.ok()?.tenants().await.ok()?;
+        let catalog = Catalog::open(&DataPaths::new(data).catalog()).await.ok()?;
+        let tenants = Tenancy::open(catalog.pool().clone(), data).await.ok()?.tenants().await.ok()?;
         Some(tenants.iter().map(|tenant| tenant.name.to_string()).collect::<Vec<_>>())
     };
     match tenants.await {

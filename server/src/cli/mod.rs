@@ -22,8 +22,8 @@ use tracing_subscriber::EnvFilter;
 
 use crate::config::{CONFIG_NAME, Config, LogFormat};
 use crate::engine::EngineError;
-use crate::data_dir::DataDirError;
 use crate::serve::{ServeOptions, serve};
+use crate::storage::StorageError;
 
 /// Done.
 pub const EXIT_DONE: u8 = 0;
@@ -211,7 +211,7 @@ fn exit_code(error: &anyhow::Error) -> u8 {
     if let Some(administer::Refused { exit_code, .. }) = error.downcast_ref() {
         return *exit_code;
     }
-    let locked = matches!(error.downcast_ref(), Some(DataDirError::Locked { .. }))
+    let locked = matches!(error.downcast_ref(), Some(StorageError::Locked { .. }))
         || matches!(error.downcast_ref(), Some(EngineError::Locked { .. }));
     if locked { EXIT_LOCKED } else { EXIT_FAILED }
 }

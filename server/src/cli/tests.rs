@@ -1,10 +1,13 @@
 //! Command lines as people type them.
 
 use std::path::Path;
+use std::time::Duration;
 
 use serde_json::Value;
 
 use super::*;
+use crate::storage::layout::DataPaths;
+use crate::storage::lock::DirectoryLock;
 
 struct Output {
     code: u8,
@@ -83,7 +86,7 @@ fn tenants_tokens_and_agents_are_managed_without_a_running_server() {
 #[test]
 fn a_directory_in_use_ends_with_exit_code_11() {
     let root = made();
-    let held = crate::data_dir::DataLock::try_take(root.path()).unwrap().unwrap();
+    let held = DirectoryLock::take(root.path(), &DataPaths::new(root.path()).lock(), Duration::ZERO).unwrap();
     let output = strand_server(root.path(), &["tenant", "list", "--json"]);
     assert_eq!(output.code, EXIT_LOCKED);
     let error: Value = serde_json::from_str(&output.err).unwrap();

@@ -4,6 +4,9 @@ use std::path::{Path, PathBuf};
 
 use strandline_messages::{RepositoryId, SnapshotId, TenantName};
 
+/// The lock file's name inside a data directory.
+pub const LOCK_NAME: &str = "LOCK";
+
 /// The paths of a data directory.
 #[derive(Clone, Debug)]
 pub struct DataPaths {
@@ -23,7 +26,7 @@ impl DataPaths {
 
     /// Held with `flock` by the process that owns the directory.
     pub fn lock(&self) -> PathBuf {
-        self.root.join("LOCK")
+        self.root.join(LOCK_NAME)
     }
 
     /// The catalog.
