@@ -18,10 +18,10 @@ use strandline_actors::dispatcher::{
 use strandline_actors::runtime::budget::ByteBudget;
 use strandline_actors::runtime::clock;
 use strandline_messages::format::block::ChunkRow;
-use strandline_messages::{ChunkKind, SnapshotId};
 use strandline_messages::format::manifest::{DetailsV1, Totals};
 use strandline_messages::format::repository::RepositoryV1;
 use strandline_messages::wire::{Commit, Committed, Message, SessionKind};
+use strandline_messages::{ChunkKind, SnapshotId};
 use tokio::sync::Notify;
 
 use crate::backup::ports::{BlockSealer, BlockSink, DiscardingSink, NullSealer, Ports};
@@ -41,7 +41,9 @@ const INTERRUPT_MAX: Duration = Duration::from_secs(8);
 #[derive(Debug, thiserror::Error)]
 pub enum JobError {
     /// SIGINT, SIGTERM or the daemon.
-    #[error("interrupted; no snapshot was made, and what the server has acknowledged is not sent again by the next run")]
+    #[error(
+        "interrupted; no snapshot was made, and what the server has acknowledged is not sent again by the next run"
+    )]
     Interrupted,
     /// The pipeline failed.
     #[error(transparent)]
@@ -183,12 +185,8 @@ pub async fn run_backup(
 ) -> Result<BackupReport, JobError> {
     let budget = ByteBudget::new(request.session.window_bytes);
     let job = Job { view: Arc::clone(view), budget: budget.clone() }.start();
-    let dispatcher = client.dispatcher(
-        &request.session,
-        budget.clone(),
-        Arc::clone(&view.dispatch),
-        job.clone().recipient(),
-    );
+    let dispatcher =
+        client.dispatcher(&request.session, budget.clone(), Arc::clone(&view.dispatch), job.clone().recipient());
     let news = Dispatching {
         session: dispatcher.clone().recipient(),
         durable: dispatcher.clone().recipient(),
@@ -226,7 +224,13 @@ impl Run<'_> {
         }
         let (snapshot, parent, totals) = outcome?;
         let reconnects = self.view.dispatch.reconnects.load(Ordering::Relaxed);
-        Ok(BackupReport { snapshot, parent, totals, elapsed: clock::now().saturating_duration_since(started), reconnects })
+        Ok(BackupReport {
+            snapshot,
+            parent,
+            totals,
+            elapsed: clock::now().saturating_duration_since(started),
+            reconnects,
+        })
     }
 
     async fn finish(&self) {
@@ -405,8 +409,7 @@ fn read_parent(cache: &Path) -> Option<SnapshotId> {
 
 /// The snapshot is safe whatever happens here: without a cache the next run only reads more.
 fn publish(new_cache: PendingCache, cache: &Path, snapshot: SnapshotId) {
-    let published =
-        new_cache.publish().and_then(|()| std::fs::write(parent_path(cache), format!("{snapshot}\n")));
+    let published = new_cache.publish().and_then(|()| std::fs::write(parent_path(cache), format!("{snapshot}\n")));
     if let Err(error) = published {
         tracing::warn!(%error, "the file cache could not be written; the next backup reads everything again");
     }

@@ -13,7 +13,7 @@ pub mod identity;
 pub mod job;
 pub mod keys;
 pub mod net;
-pub mod scan;
 pub mod restore;
+pub mod scan;
 pub mod seal;
 pub mod trees;

@@ -36,7 +36,12 @@ impl Site {
     async fn new() -> Self {
         let data = tempfile::tempdir().unwrap();
         let authority = Authority::create(data.path()).unwrap();
-        let tenancy = Tenancy::open(Catalog::open(&data.path().join("catalog.sqlite")).await.unwrap().pool().clone(), data.path()).await.unwrap();
+        let tenancy = Tenancy::open(
+            Catalog::open(&data.path().join("catalog.sqlite")).await.unwrap().pool().clone(),
+            data.path(),
+        )
+        .await
+        .unwrap();
         tenancy.add_tenant(&"acme".parse().unwrap()).await.unwrap();
         let identity = authority.server(&["localhost".to_owned(), "127.0.0.1".to_owned()]).unwrap();
         let config = serving(&authority, identity);

@@ -17,9 +17,9 @@ use strandline_actors::runtime::clock;
 use strandline_actors::runtime::transport::{Connection, LinkError, accept};
 use strandline_actors::session_registry::{ObserveSessions, SessionRegistry, SessionSettings, StopServing};
 use strandline_actors::stream::{Origin, Stream};
-use strandline_messages::{AgentId, SessionId};
 use strandline_messages::mail::Peer;
 use strandline_messages::wire::Purpose;
+use strandline_messages::{AgentId, SessionId};
 use tokio::sync::Semaphore;
 
 use crate::config::Config;

@@ -61,7 +61,8 @@ impl Host for EngineHost {
     ) -> BoxFuture<'static, Result<Opening, Refused>> {
         let engine = Arc::clone(&self.engine);
         async move {
-            let repository = engine.repository(&peer.tenant, &request.repository).await.map_err(|error| refusal(&error))?;
+            let repository =
+                engine.repository(&peer.tenant, &request.repository).await.map_err(|error| refusal(&error))?;
             let writer = verified_writer(repository.file(), &request, &nonce)?;
             let opened = repository
                 .open_session(session, peer.agent, writer.domain(), request.resume_of)

@@ -52,7 +52,11 @@ fn request(place: &Place, backup: Backup) -> anyhow::Result<BackupRequest> {
     let limit_upload = size(backup.limit_upload, &settings.limit_upload)?;
     let window = size(backup.window, &settings.window)?.unwrap_or(WINDOW_BYTES);
     if window < limits::BLOCK_BYTES_MAX as u64 {
-        bail!("a window of {} is less than one block: use at least {}", output::size(window), output::size(limits::BLOCK_BYTES_MAX as u64));
+        bail!(
+            "a window of {} is less than one block: use at least {}",
+            output::size(window),
+            output::size(limits::BLOCK_BYTES_MAX as u64)
+        );
     }
     let mut plan = BackupPlan::new(backup.paths, place.state_dir.clone());
     plan.excludes = settings.exclude.iter().cloned().chain(backup.exclude).collect();

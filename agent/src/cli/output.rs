@@ -72,8 +72,7 @@ pub fn table(head: &[&str], rows: &[Vec<String>]) -> String {
     let mut text = String::new();
     let titles: Vec<String> = head.iter().map(|title| (*title).to_owned()).collect();
     for row in std::iter::once(&titles).chain(rows) {
-        let line: Vec<String> =
-            row.iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}")).collect();
+        let line: Vec<String> = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}")).collect();
         text.push_str(line.join("  ").trim_end());
         text.push('\n');
     }

@@ -51,9 +51,9 @@ impl Location {
             }
             return Ok(Self::Directory(std::path::absolute(text)?));
         };
-        let (server, name) = rest.split_once('/').ok_or_else(|| {
-            anyhow!("`{text}` names no repository: write strand://HOST[:PORT]/REPOSITORY")
-        })?;
+        let (server, name) = rest
+            .split_once('/')
+            .ok_or_else(|| anyhow!("`{text}` names no repository: write strand://HOST[:PORT]/REPOSITORY"))?;
         Ok(Self::Server(server.parse()?, name.parse()?))
     }
 }

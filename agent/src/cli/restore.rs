@@ -55,12 +55,7 @@ fn check_target(wanted: &Restore) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn restore_one(
-    global: &Global,
-    opened: &Opened,
-    wanted: Restore,
-    streams: u16,
-) -> anyhow::Result<RestoreReport> {
+async fn restore_one(global: &Global, opened: &Opened, wanted: Restore, streams: u16) -> anyhow::Result<RestoreReport> {
     let (id, subpath) = selector::split(&wanted.snapshot);
     let snapshot = selector::one(opened, id).await?;
     let options = options(&wanted, subpath);
@@ -177,7 +172,11 @@ fn summary(global: &Global, report: &RestoreReport) -> anyhow::Result<()> {
     }
     for issue in report.issues.iter().take(ISSUES_SHOWN) {
         let kind = if issue.restored { "restored, but" } else { "not restored" };
-        output::error(false, Fate::Partial.code(), &format!("/{}: {kind}: {}", output::path(&issue.path), issue.reason));
+        output::error(
+            false,
+            Fate::Partial.code(),
+            &format!("/{}: {kind}: {}", output::path(&issue.path), issue.reason),
+        );
     }
     if global.quiet {
         return Ok(());

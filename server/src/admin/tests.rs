@@ -8,8 +8,8 @@ use strandline_messages::identity::EnrolmentToken;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use super::*;
-use crate::config::Config;
 use crate::catalog::Catalog;
+use crate::config::Config;
 use crate::pki::Authority;
 use crate::tenancy::Tenancy;
 

@@ -8,8 +8,8 @@ use strandline_actors::runtime::clock;
 
 use super::{AgentCommand, Command, TenantCommand, TokenCommand};
 use crate::admin::{AdminError, AdminHandler, AdminReply, AdminRequest, Administrator, Idle, ask};
-use crate::config::Config;
 use crate::catalog::Catalog;
+use crate::config::Config;
 use crate::pki::Authority;
 use crate::storage::StorageError;
 use crate::storage::layout::DataPaths;

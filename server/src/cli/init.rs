@@ -7,8 +7,8 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 
 use super::InitArguments;
-use crate::config::{CONFIG_NAME, Config, write_initial};
 use crate::catalog::Catalog;
+use crate::config::{CONFIG_NAME, Config, write_initial};
 use crate::pki::{Authority, PkiError, files};
 use crate::storage::layout::{DataPaths, LOCK_NAME};
 use crate::storage::lock::DirectoryLock;
