@@ -201,7 +201,7 @@ fn every_frame_kind_is_in_the_protocol_document() {
     let wire = || sources.iter().filter(|source| source.path.contains("/wire/"));
     let kinds: BTreeSet<(String, u32)> = wire().flat_map(|source| frame_kinds(&source.text)).collect();
     let Some(document) = document("PROTOCOL.md") else { return };
-    assert!(!kinds.is_empty(), "no frame kinds found in messages/src/wire: has the way of writing them changed?");
+    assert!(kinds.len() >= 30, "only {kinds:?} found in messages/src/wire: has the way of writing them changed?");
     let words = |line: &str| -> Vec<String> {
         line.split(|c: char| !c.is_alphanumeric() && c != '_').map(str::to_ascii_lowercase).collect()
     };
@@ -215,23 +215,28 @@ fn every_frame_kind_is_in_the_protocol_document() {
     }
 }
 
-/// Names and numbers of frame kinds: the variants `Name = number` of every enum whose name ends in `Kind`, and the
-/// constants of such a type or called `KIND_…` (`pub const HELLO: FrameKind = FrameKind(1)`, `KIND_HELLO: u16 = 1`).
+/// Names and numbers of frame kinds: the lines `number CONSTANT Variant…` of a `messages!` table, the constants of a
+/// `mod kinds`, the variants `Name = number` of every enum whose name ends in `Kind`, and the constants of such a type or
+/// called `KIND_…` (`pub const HELLO: FrameKind = FrameKind(1)`, `KIND_HELLO: u16 = 1`).
 fn frame_kinds(text: &str) -> Vec<(String, u32)> {
     let code = without_comments(before_tests(text));
     let mut kinds = Vec::new();
-    let mut in_enum = false;
+    let (mut in_enum, mut in_kinds) = (false, false);
     for line in code.lines().map(str::trim) {
-        if let Some((_, rest)) = line.split_once("enum ") {
+        if let Some(kind) = table_row(line) {
+            kinds.push(kind);
+        } else if let Some((_, rest)) = line.split_once("enum ") {
             in_enum = rest.split([' ', '{']).next().is_some_and(|name| name.ends_with("Kind"));
+        } else if line.ends_with("mod kinds {") {
+            in_kinds = true;
         } else if line == "}" {
-            in_enum = false;
+            (in_enum, in_kinds) = (false, false);
         } else if let Some((_, constant)) = line.split_once("const ") {
             let Some((name, rest)) = constant.split_once(':') else { continue };
             let Some((kind, value)) = rest.split_once('=') else { continue };
             let name = match name.strip_prefix("KIND_") {
                 Some(name) => name,
-                None if kind.trim().ends_with("Kind") || kind.trim() == "Self" => name,
+                None if in_kinds || kind.trim().ends_with("Kind") || kind.trim() == "Self" => name,
                 None => continue,
             };
             let number = value.split(|c: char| !c.is_alphanumeric() && c != '_').find_map(number);
@@ -241,6 +246,14 @@ fn frame_kinds(text: &str) -> Vec<(String, u32)> {
         }
     }
     kinds
+}
+
+/// A row of a `messages!` table: `0x0040 JOIN Join(Join),`.
+fn table_row(line: &str) -> Option<(String, u32)> {
+    let mut words = line.split_whitespace();
+    let (value, name, variant) = (number(words.next()?)?, words.next()?, words.next()?);
+    let is_constant = name.chars().all(|c| c.is_ascii_uppercase() || c.is_ascii_digit() || c == '_');
+    (is_constant && variant.starts_with(|c: char| c.is_ascii_uppercase())).then(|| (name.to_owned(), value))
 }
 
 fn number(text: &str) -> Option<u32> {
@@ -266,5 +279,9 @@ fn the_rules_themselves_notice_what_they_forbid() {
     let text = "pub enum FrameKind {\n    Hello = 1,\n    Block = 0x0102, // raw\n}\nenum Other {\n    A = 9,\n}\n\
                 pub const KIND_ACK: u16 = 7;\npub const DRAIN: FrameKind = FrameKind(8);\nconst MAX: usize = 3;";
     let expected = [("Hello", 1), ("Block", 258), ("ACK", 7), ("DRAIN", 8)].map(|(name, n)| (name.to_owned(), n));
+    assert_eq!(frame_kinds(text), expected);
+    let text = "messages! {\n    /// Joins.\n    0x0040 JOIN Join(Join), // first\n    0x0041 JOINED Joined,\n}\n\
+                pub mod kinds {\n    pub const BLOCK: u16 = 0x0042;\n}\nconst OTHER: u16 = 7;\n1 x Y\n";
+    let expected = [("JOIN", 0x40), ("JOINED", 0x41), ("BLOCK", 0x42)].map(|(name, n)| (name.to_owned(), n));
     assert_eq!(frame_kinds(text), expected);
 }
