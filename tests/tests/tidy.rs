@@ -159,7 +159,9 @@ fn dependencies_point_one_way() {
     for source in sources(&["agent"]) {
         if source.path != "agent/src/embedded.rs" {
             let code = without_comments(&source.text);
-            assert!(!names(&code, "strandline_server"), "only embedded.rs may use the server, not {}", source.path);
+            // As a path: a log filter may name the crate.
+            let uses = code.contains("strandline_server::") || code.contains("use strandline_server");
+            assert!(!uses, "only embedded.rs may use the server, not {}", source.path);
         }
     }
 }
