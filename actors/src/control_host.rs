@@ -8,9 +8,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use actix::{Actor, ActorContext, ActorFutureExt, Addr, AsyncContext, Context, Handler, Running, WrapFuture};
-use strandline_messages::Incarnation;
 use strandline_messages::mail::Peer;
 use strandline_messages::wire::{Attach, Message, OpenSession, Pong, RefusalCode, Refused, Tag};
+use strandline_messages::{ChunkId, Incarnation, limits};
 use tracing::debug;
 
 use crate::ports::Host;
@@ -41,6 +41,8 @@ pub struct ControlHost {
     session: Option<(Addr<Session>, Incarnation)>,
     link: Option<Link>,
     requests: usize,
+    /// Ids of queries under way.
+    queried: usize,
     heard: Instant,
     closing: Option<Instant>,
 }
@@ -63,6 +65,7 @@ impl ControlHost {
             session: None,
             link: None,
             requests: 0,
+            queried: 0,
             heard: clock::now(),
             closing: None,
         }
@@ -168,6 +171,14 @@ impl ControlHost {
     }
 
     fn ask_session(&mut self, tag: Tag, request: Message, ctx: &mut Context<Self>) {
+        let queried = match &request {
+            Message::QueryChunks(query) => query.ids.len() / ChunkId::LEN,
+            _ => 0,
+        };
+        if self.queried + queried > limits::QUERY_IDS_OUTSTANDING_MAX {
+            let refusal = Refused::new(RefusalCode::Invalid, "more ids under way than the credit for queries allows");
+            return self.reply(tag, &Message::Refused(refusal), ctx);
+        }
         let Some((session, _)) = self.session.clone() else {
             let refusal = Refused::new(RefusalCode::NoSuchSession, "this connection speaks for no session");
             return self.reply(tag, &Message::Refused(refusal), ctx);
@@ -175,8 +186,10 @@ impl ControlHost {
         if !self.begin(tag, ctx) {
             return;
         }
+        self.queried += queried;
         let asking = session.send(Ask(request));
         ctx.spawn(asking.into_actor(self).map(move |answer, control, ctx| {
+            control.queried -= queried;
             let gone = |_| Message::Refused(Refused::new(RefusalCode::NoSuchSession, "the session has ended"));
             control.finish(tag, &answer.unwrap_or_else(gone), ctx);
         }));
@@ -263,6 +276,11 @@ impl Handler<Push> for ControlHost {
 
     fn handle(&mut self, Push(message): Push, ctx: &mut Context<Self>) {
         self.reply(Tag::default(), &message, ctx);
+        if matches!(&message, Message::Refused(refusal) if refusal.code == RefusalCode::Superseded) {
+            // Whatever this connection still asks is not for the session any more.
+            self.session = None;
+            self.close(ctx);
+        }
     }
 }
 

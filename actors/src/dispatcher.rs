@@ -40,7 +40,7 @@ pub struct LearnDurable(pub Ack);
 #[rtype(result = "()")]
 pub struct SendAgain(pub Vec<SequenceRange>);
 
-/// How many blocks does the session have? What `Commit` declares as its last sequence.
+/// How many blocks does the session have? What `Commit` declares.
 #[derive(actix::Message, Clone, Copy, Debug)]
 #[rtype(result = "u64")]
 pub struct CountBlocks;

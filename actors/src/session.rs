@@ -333,7 +333,7 @@ impl Session {
         self.waiting.push(sender);
         self.manifest = Some(commit.manifest.into_vec().into());
         self.seed.store.flush();
-        self.feed(Input::Commit { last_sequence: commit.last_sequence }, ctx);
+        self.feed(Input::Commit { blocks: commit.blocks }, ctx);
         async move { receiver.await.unwrap_or_else(|_| refused(RefusalCode::Ended, "the session has ended")) }
             .boxed_local()
     }
@@ -433,7 +433,10 @@ impl Handler<AttachControl> for Session {
             let text = "another connection speaks for this session since: this one is superseded";
             return std::future::ready(Err(Refused::new(RefusalCode::Superseded, text))).boxed_local();
         };
-        self.control = Some(request.control);
+        if let Some(old) = self.control.replace(request.control) {
+            let text = "another connection speaks for this session since";
+            old.do_send(Push(Message::Refused(Refused::new(RefusalCode::Superseded, text))));
+        }
         let tracker = self.tracker.clone();
         async move {
             let nothing = DurableState { watermark: 0, ranges: Vec::new() };
@@ -478,6 +481,7 @@ impl Handler<StreamEvent> for Session {
             }
             StreamFact::Written(sequence) => {
                 self.fetching.written(event.index, *sequence);
+                self.feed(Input::BlockSent, ctx);
                 self.pump(ctx);
             }
             StreamFact::Lost { reason, .. } => {

@@ -11,11 +11,11 @@ use actix::{
     WrapFuture,
 };
 use futures_util::FutureExt;
-use strandline_messages::mail::Peer;
+use strandline_messages::mail::{Peer, StoreFailed};
 use strandline_messages::wire::{
     Attach, Attached, Committed, Message, OpenSession, RefusalCode, Refused, SessionOpened,
 };
-use strandline_messages::{Incarnation, SessionId, SessionToken};
+use strandline_messages::{AgentId, Incarnation, SessionId, SessionToken};
 use tracing::info;
 
 use crate::machines::session::SessionLimits;
@@ -77,6 +77,11 @@ pub struct AttachSession {
 #[rtype(result = "()")]
 pub struct StopServing;
 
+/// The agent was revoked: its sessions end.
+#[derive(actix::Message)]
+#[rtype(result = "()")]
+pub struct EndSessionsOf(pub AgentId);
+
 /// The open sessions.
 #[derive(actix::Message)]
 #[rtype(result = "Vec<SessionView>")]
@@ -128,7 +133,8 @@ impl SessionRegistry {
             }
             Opening::Granted { store } => store,
         };
-        if let Some(old) = request.request.resume_of.and_then(|old| self.sessions.get(&old)) {
+        let old = request.request.resume_of.and_then(|old| self.sessions.get(&old));
+        if let Some(old) = old.filter(|old| old.peer == request.peer) {
             old.session.do_send(Supersede);
         }
         let (peer, token) = (request.peer, SessionToken(self.host.random()));
@@ -239,6 +245,16 @@ impl Handler<StopServing> for SessionRegistry {
         self.stopping = true;
         for entry in self.sessions.values() {
             entry.session.do_send(Quiesce);
+        }
+    }
+}
+
+impl Handler<EndSessionsOf> for SessionRegistry {
+    type Result = ();
+
+    fn handle(&mut self, EndSessionsOf(agent): EndSessionsOf, _: &mut Context<Self>) {
+        for entry in self.sessions.values().filter(|entry| entry.peer.agent == agent) {
+            entry.session.do_send(StoreFailed { full: false, reason: "the agent was revoked".to_owned() });
         }
     }
 }

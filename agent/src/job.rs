@@ -369,7 +369,7 @@ impl Run<'_> {
     async fn commit(&self, manifest: Vec<u8>) -> Result<Option<Committed>, JobError> {
         loop {
             let blocks = self.dispatcher.send(CountBlocks).await.map_err(|_| JobError::Lost)?;
-            let commit = Commit { manifest: manifest.clone().into(), last_sequence: blocks };
+            let commit = Commit { manifest: manifest.clone().into(), blocks };
             let asking = self.client.ask(Message::Commit(commit));
             let answer = tokio::select! {
                 answer = asking => answer,

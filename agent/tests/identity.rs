@@ -267,7 +267,7 @@ async fn a_certificate_is_renewed_in_time_for_the_same_key() {
     let met = meet(&site.config, client_config(&credentials).unwrap(), "localhost", hash).await;
     let Ok(Ok(Accepted::Agent(peer))) = met.server else { panic!("{:?}", met.server) };
     let request = credentials.renewal_request().unwrap();
-    let renewed = renew(&site.tenancy, &site.authority, &peer, &request, 3 * DAY).await.unwrap();
+    let renewed = renew(&site.tenancy, &site.authority, peer.identity.clone(), &request, 3 * DAY).await.unwrap();
     let renewed = site.store().renew(&renewed.certificate).unwrap();
     assert!(renewed.expires_s() > credentials.expires_s());
     let met = meet(&site.config, client_config(&renewed).unwrap(), "localhost", hash).await;

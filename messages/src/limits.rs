@@ -89,6 +89,8 @@ pub const STREAMS_MAX: u16 = 64;
 pub const SEQUENCE_WINDOW: u64 = 4096;
 /// Most snapshots in one page of a listing.
 pub const LIST_PAGE_MAX: usize = 256;
+/// Most repositories, and most sessions, in one status report.
+pub const STATUS_ROWS_MAX: usize = 1024;
 /// Longest certificate or certificate request, bytes.
 pub const CERTIFICATE_BYTES_MAX: usize = 16 << 10;
 /// Longest enrolment secret, bytes.

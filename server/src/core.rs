@@ -15,7 +15,9 @@ use strandline_actors::machines::stream::StreamLimits;
 use strandline_actors::ports::Host;
 use strandline_actors::runtime::clock;
 use strandline_actors::runtime::transport::{Connection, LinkError, accept};
-use strandline_actors::session_registry::{ObserveSessions, SessionRegistry, SessionSettings, StopServing};
+use strandline_actors::session_registry::{
+    EndSessionsOf, ObserveSessions, SessionRegistry, SessionSettings, StopServing,
+};
 use strandline_actors::stream::{Origin, Stream};
 use strandline_messages::mail::Peer;
 use strandline_messages::wire::Purpose;
@@ -24,7 +26,7 @@ use tokio::sync::Semaphore;
 
 use crate::config::Config;
 use crate::engine::{Engine, SessionEnd};
-use crate::host::EngineHost;
+use crate::host::{EngineHost, Renewer};
 
 /// How long streams may take to drain when the server stops.
 const DRAIN_MAX: Duration = Duration::from_secs(7);
@@ -92,6 +94,11 @@ impl ServerCore {
         &self.registry
     }
 
+    /// From now on agents may renew their certificates.
+    pub fn renew_with(&self, renewer: Renewer) {
+        self.host.renew_with(renewer);
+    }
+
     /// How long the server has been running.
     pub fn uptime(&self) -> Duration {
         clock::now().saturating_duration_since(self.host.started())
@@ -119,8 +126,9 @@ impl ServerCore {
         Ok(())
     }
 
-    /// Closes the control connections of an agent that was revoked; its streams cannot join any more.
+    /// Ends the sessions of an agent that was revoked and closes its control connections.
     pub fn close_agent(&self, agent: AgentId) {
+        self.registry.do_send(EndSessionsOf(agent));
         for (_, control) in self.controls.lock().iter().filter(|(known, _)| *known == agent) {
             control.do_send(CloseControl);
         }

@@ -1,7 +1,7 @@
 //! The engine as the actors see it: [`Host`] for control connections, [`SessionStore`] for sessions.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use actix::Addr;
 use arc_swap::ArcSwapOption;
@@ -18,18 +18,22 @@ use strandline_messages::format::keys::{Capability, WriterCertificateV1, open_se
 use strandline_messages::format::manifest::snapshot_id;
 use strandline_messages::format::receipt::ReceiptV1;
 use strandline_messages::format::repository::RepositoryV1;
+use strandline_messages::identity::{Identity, Role};
 use strandline_messages::mail::Peer;
 use strandline_messages::wire::{
-    CreateRepository, DescribeRepository, ListSnapshots, ListedSnapshot, Message, OpenSession, RefusalCode, Refused,
-    RepositoryDescribed, RepositoryStatus, SessionKind, SnapshotsListed, StatusReported,
+    CreateRepository, DescribeRepository, Enrolled, ListSnapshots, ListedSnapshot, Message, OpenSession, RefusalCode,
+    Refused, Renew, RepositoryDescribed, RepositoryStatus, SessionKind, SnapshotsListed, StatusReported,
 };
 use strandline_messages::{ChunkId, Durable, Sequence, SessionId, limits};
 
 use crate::engine::{self, BlockAddress, Engine, EngineError, Lease, Opened, Repository, SessionEnd, StoreError};
+use crate::pki::Authority;
+use crate::tenancy::{Tenancy, renew};
 
 /// See the module.
 pub struct EngineHost {
     engine: Arc<Engine>,
+    renewer: ArcSwapOption<Renewer>,
     started: Instant,
     registry: ArcSwapOption<Addr<SessionRegistry>>,
 }
@@ -37,12 +41,17 @@ pub struct EngineHost {
 impl EngineHost {
     /// In front of an open engine.
     pub fn new(engine: Arc<Engine>) -> Self {
-        Self { engine, started: clock::now(), registry: ArcSwapOption::empty() }
+        Self { engine, renewer: ArcSwapOption::empty(), started: clock::now(), registry: ArcSwapOption::empty() }
     }
 
     /// The registry whose sessions a status report lists.
     pub fn observe(&self, registry: Addr<SessionRegistry>) {
         self.registry.store(Some(Arc::new(registry)));
+    }
+
+    /// From now on agents may renew their certificates.
+    pub fn renew_with(&self, renewer: Renewer) {
+        self.renewer.store(Some(Arc::new(renewer)));
     }
 
     /// When the server was started.
@@ -85,6 +94,7 @@ impl Host for EngineHost {
 
     fn answer(&self, peer: Peer, request: Message) -> BoxFuture<'static, Result<Message, Refused>> {
         let engine = Arc::clone(&self.engine);
+        let renewer = self.renewer.load_full();
         let status = StatusQuestion { started: self.started, registry: self.registry.load_full() };
         async move {
             match request {
@@ -92,6 +102,10 @@ impl Host for EngineHost {
                 Message::CreateRepository(request) => create(&engine, &peer, request).await,
                 Message::ListSnapshots(request) => list(&engine, &peer, &request).await,
                 Message::GetStatus => status.answer(&engine, &peer).await,
+                Message::Renew(request) => match renewer {
+                    Some(renewer) => renewer.renew(peer, &request).await,
+                    None => Err(Refused::new(RefusalCode::Invalid, "there are no certificates here")),
+                },
                 other => Err(Refused::new(
                     RefusalCode::Invalid,
                     format!("{} is not a request on a control connection", other.name()),
@@ -107,6 +121,30 @@ impl Host for EngineHost {
         // second session with it is refused by the catalog.
         let _ = getrandom::fill(&mut bytes);
         bytes
+    }
+}
+
+/// Renews agents' certificates.
+pub struct Renewer {
+    /// Who is enrolled.
+    pub tenancy: Tenancy,
+    /// Issues certificates.
+    pub authority: Arc<Authority>,
+    /// How long an agent's certificate lasts.
+    pub validity: Duration,
+}
+
+impl Renewer {
+    async fn renew(&self, peer: Peer, request: &Renew) -> Result<Message, Refused> {
+        let identity = Identity { tenant: peer.tenant, agent: peer.agent, role: Role::Agent };
+        let renewed = renew(&self.tenancy, &self.authority, identity, &request.request, self.validity).await;
+        let renewed = renewed.map_err(|error| Refused::new(RefusalCode::NotPermitted, error.to_string()))?;
+        Ok(Message::Enrolled(Enrolled {
+            tenant: renewed.identity.tenant,
+            agent: renewed.identity.agent,
+            certificate: renewed.certificate.to_vec().into(),
+            authority: renewed.authority.to_vec().into(),
+        }))
     }
 }
 
@@ -154,7 +192,8 @@ struct StatusQuestion {
 impl StatusQuestion {
     async fn answer(&self, engine: &Engine, peer: &Peer) -> Result<Message, Refused> {
         let mut repositories = Vec::new();
-        for file in engine.repositories(&peer.tenant).await.map_err(|error| refusal(&error))? {
+        let files = engine.repositories(&peer.tenant).await.map_err(|error| refusal(&error))?;
+        for file in files.into_iter().take(limits::STATUS_ROWS_MAX) {
             let repository = engine.repository(&peer.tenant, &file.name).await.map_err(|error| refusal(&error))?;
             let totals = repository.totals().await.map_err(|error| refusal(&error))?;
             repositories.push(RepositoryStatus {
@@ -175,7 +214,7 @@ impl StatusQuestion {
             uptime_seconds: clock::now().saturating_duration_since(self.started).as_secs(),
             free_bytes: engine.free_bytes().await,
             repositories,
-            sessions: sessions.collect(),
+            sessions: sessions.take(limits::STATUS_ROWS_MAX).collect(),
         }))
     }
 }

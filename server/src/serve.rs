@@ -21,6 +21,7 @@ use crate::admin::{AdminSocket, Administrator, RepositoryStatus, ServerState, Se
 use crate::config::Config;
 use crate::core::{CoreSettings, ServerCore};
 use crate::engine::{Engine, EngineOptions};
+use crate::host::Renewer;
 use crate::listener::{Door, Listener, StopListening};
 use crate::pki::Authority;
 use crate::tenancy::Tenancy;
@@ -155,6 +156,11 @@ pub async fn serve(options: ServeOptions) -> anyhow::Result<()> {
     let authority = Arc::new(Authority::load(&data)?);
     let certificate = Arc::new(ServerCertificate::new(authority.server(&config.names)?)?);
     let core = ServerCore::start(Arc::clone(&engine), CoreSettings::from(&config));
+    core.renew_with(Renewer {
+        tenancy: tenancy.clone(),
+        authority: Arc::clone(&authority),
+        validity: config.certificates.agent_validity,
+    });
     let door = Arc::new(Door {
         tls: TlsAcceptor::from(server_config(&authority, Arc::clone(&certificate))?),
         tenancy: tenancy.clone(),

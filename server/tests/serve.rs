@@ -39,8 +39,12 @@ struct Server {
 
 impl Server {
     fn start(data: &Path) -> Self {
-        let mut child =
-            command(data, &["serve"]).env("STRAND_SERVER_LOG__FORMAT", "json").stderr(Stdio::piped()).spawn().unwrap();
+        let mut child = command(data, &["serve"])
+            .env("STRAND_SERVER_LISTEN", "127.0.0.1:0")
+            .env("STRAND_SERVER_LOG__FORMAT", "json")
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
         let stderr = BufReader::new(child.stderr.take().unwrap());
         let (lines, log) = sync_channel(1024);
         thread::spawn(move || stderr.lines().map_while(Result::ok).try_for_each(|line| lines.send(line)));

@@ -41,10 +41,12 @@ pub enum Input {
     ControlLost(Incarnation),
     /// Every sequence number below this is durable.
     Watermark(u64),
-    /// The agent wants to commit once the watermark has reached `last_sequence`.
+    /// A restore's block went out.
+    BlockSent,
+    /// The agent wants to commit once the watermark has reached `blocks`.
     Commit {
         /// Number of blocks of the session.
-        last_sequence: u64,
+        blocks: u64,
     },
     /// Storage committed the snapshot.
     Committed,
@@ -91,7 +93,7 @@ pub enum Output {
 enum State {
     Opened,
     Receiving,
-    Sealing { last_sequence: u64 },
+    Sealing { blocks: u64 },
     Committing,
     Ended(Terminal),
 }
@@ -142,11 +144,6 @@ impl SessionMachine {
             State::Ended(terminal) => Some(terminal),
             _ => None,
         }
-    }
-
-    /// Whether blocks are accepted.
-    pub fn accepts_blocks(&self) -> bool {
-        matches!(self.state, State::Opened | State::Receiving | State::Sealing { .. })
     }
 
     /// Name of the state, for people.
@@ -203,7 +200,8 @@ impl SessionMachine {
                 self.progressed = now;
                 self.maybe_commit();
             }
-            Input::Commit { last_sequence } => self.commit(now, last_sequence),
+            Input::BlockSent => self.progressed = now,
+            Input::Commit { blocks } => self.commit(now, blocks),
             Input::Committed if self.state == State::Committing => self.end(Terminal::Committed, "committed"),
             Input::Missing | Input::Refused if self.state == State::Committing => {
                 self.state = State::Receiving;
@@ -223,21 +221,21 @@ impl SessionMachine {
         }
     }
 
-    fn commit(&mut self, now: Instant, last_sequence: u64) {
+    fn commit(&mut self, now: Instant, blocks: u64) {
         match self.state {
             State::Ended(terminal) => self.outputs.push_back(Output::CommitTooLate(terminal)),
             // The same request again after a reconnect: the running commit answers it.
             State::Committing => {}
             _ => {
                 self.progressed = now;
-                self.state = State::Sealing { last_sequence };
+                self.state = State::Sealing { blocks };
                 self.maybe_commit();
             }
         }
     }
 
     fn maybe_commit(&mut self) {
-        if matches!(self.state, State::Sealing { last_sequence } if self.watermark >= last_sequence) {
+        if matches!(self.state, State::Sealing { blocks } if self.watermark >= blocks) {
             self.state = State::Committing;
             self.outputs.push_back(Output::StartCommit);
         }
@@ -288,7 +286,7 @@ mod tests {
         let now = clock::now();
         let mut session = SessionMachine::new(SessionLimits::default(), now);
         // No stream has joined yet: a count of streams would call this complete.
-        session.handle(now, Input::Commit { last_sequence: 3 });
+        session.handle(now, Input::Commit { blocks: 3 });
         assert_eq!(outputs(&mut session), []);
         session.handle(now, Input::StreamJoined);
         session.handle(now, Input::Watermark(2));
@@ -308,12 +306,12 @@ mod tests {
         session.handle(now + 9 * MINUTE, Input::Tick);
         assert_eq!(outputs(&mut session), []);
         assert_eq!(session.attach(Incarnation(1)), Some(Incarnation(2)));
-        session.handle(now + 20 * MINUTE, Input::Commit { last_sequence: 5 });
+        session.handle(now + 20 * MINUTE, Input::Commit { blocks: 5 });
         assert_eq!(outputs(&mut session), [Output::StartCommit]);
         session.handle(now + 20 * MINUTE, Input::Committed);
         assert!(matches!(&outputs(&mut session)[..], [Output::End(Terminal::Committed, _)]));
         // The reply was lost: the agent asks again and is told how the session ended.
-        session.handle(now + 21 * MINUTE, Input::Commit { last_sequence: 5 });
+        session.handle(now + 21 * MINUTE, Input::Commit { blocks: 5 });
         assert_eq!(outputs(&mut session), [Output::CommitTooLate(Terminal::Committed)]);
     }
 
@@ -360,10 +358,10 @@ mod tests {
         let now = clock::now();
         let mut session = receiving(now);
         session.handle(now, Input::Abort("interrupted".into()));
-        assert!(!session.accepts_blocks());
+        assert_eq!(session.ended(), Some(Terminal::Aborted));
         assert_eq!(outputs(&mut session), [Output::End(Terminal::Aborted, "interrupted".into())]);
         session.handle(now, Input::Watermark(9));
-        session.handle(now, Input::Commit { last_sequence: 1 });
+        session.handle(now, Input::Commit { blocks: 1 });
         session.handle(now, Input::Fault("late".into()));
         assert_eq!(outputs(&mut session), [Output::CommitTooLate(Terminal::Aborted)]);
     }
@@ -372,11 +370,11 @@ mod tests {
     fn a_commit_that_misses_chunks_leads_back_to_receiving() {
         let now = clock::now();
         let mut session = receiving(now);
-        session.handle(now, Input::Commit { last_sequence: 0 });
+        session.handle(now, Input::Commit { blocks: 0 });
         assert_eq!(outputs(&mut session), [Output::StartCommit]);
         session.handle(now, Input::Missing);
-        assert!(session.accepts_blocks());
-        session.handle(now, Input::Commit { last_sequence: 2 });
+        assert_eq!(session.state_name(), "receiving");
+        session.handle(now, Input::Commit { blocks: 2 });
         session.handle(now, Input::Watermark(2));
         assert_eq!(outputs(&mut session), [Output::StartCommit]);
     }

@@ -4,7 +4,8 @@ use std::time::Duration;
 
 use bytes::BytesMut;
 use futures_util::future::BoxFuture;
-use strandline_messages::wire::frame::HEADER_BYTES;
+use strandline_messages::wire::frame::{FLAG_CRITICAL, HEADER_BYTES};
+use strandline_messages::wire::message::is_known_kind;
 use strandline_messages::wire::{
     Frame, FrameHeader, Hello, Message, PROTOCOL_VERSION, PROTOCOL_VERSION_MIN, Purpose, RefusalCode, Refused, Tag,
     WireError,
@@ -156,11 +157,16 @@ pub async fn write_message<W: AsyncWrite + Unpin>(writer: &mut W, message: &Mess
 
 /// Reads exactly one message, not a byte more.
 pub async fn read_message<R: AsyncRead + Unpin>(reader: &mut R) -> Result<Message, LinkError> {
-    let mut header = [0; HEADER_BYTES];
-    reader.read_exact(&mut header).await?;
-    let header = FrameHeader::decode(header)?;
-    let mut body = BytesMut::zeroed(header.len as usize);
-    reader.read_exact(&mut body).await?;
-    let frame = Frame { kind: header.kind, flags: header.flags, body: body.freeze() };
-    Ok(Message::decode(&frame)?.1)
+    loop {
+        let mut header = [0; HEADER_BYTES];
+        reader.read_exact(&mut header).await?;
+        let header = FrameHeader::decode(header)?;
+        let mut body = BytesMut::zeroed(header.len as usize);
+        reader.read_exact(&mut body).await?;
+        // A kind that this version does not know is skipped unless it is critical, as on every connection.
+        if is_known_kind(header.kind) || header.flags & FLAG_CRITICAL != 0 {
+            let frame = Frame { kind: header.kind, flags: header.flags, body: body.freeze() };
+            return Ok(Message::decode(&frame)?.1);
+        }
+    }
 }

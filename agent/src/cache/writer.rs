@@ -5,6 +5,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::FlockOperation;
@@ -114,7 +115,7 @@ impl State {
         let mut random = [0; 8];
         getrandom::fill(&mut random).map_err(io::Error::other)?;
         let path = directory.join(format!("{name}.new-{}", data_encoding::HEXLOWER.encode(&random)));
-        let file = OpenOptions::new().read(true).write(true).create_new(true).open(&path)?;
+        let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(&path)?;
         let temporary = Temporary(path);
         rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive)?;
         let mut buffer = Vec::with_capacity(BUFFER_BYTES + 4096);

@@ -1,6 +1,9 @@
 //! `strand backup`.
 
+use std::fs::DirBuilder;
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -28,9 +31,8 @@ const ZSTD_LEVEL: i32 = 3;
 /// Runs the command.
 pub async fn run(global: &Global, place: &Place, backup: Backup) -> anyhow::Result<Fate> {
     let request = request(place, backup)?;
-    let state = &request.plan.state_directory;
-    std::fs::create_dir_all(state).with_context(|| format!("cannot make the state directory {}", state.display()))?;
-    std::fs::create_dir_all(&request.cache_directory)?;
+    make_private(&request.plan.state_directory)?;
+    make_private(&request.cache_directory)?;
     let opened = Opened::writable(global, place).await?;
     let outcome = with_signals(global, &opened, request).await;
     let closed = opened.server.close().await;
@@ -38,6 +40,15 @@ pub async fn run(global: &Global, place: &Place, backup: Backup) -> anyhow::Resu
     closed?;
     summary(global, &report, dry_run)?;
     Ok(if report.totals.errors > 0 { Fate::Partial } else { Fate::Done })
+}
+
+/// File caches hold names and small contents: they are nobody else's business.
+fn make_private(directory: &Path) -> anyhow::Result<()> {
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(directory)
+        .with_context(|| format!("cannot make the state directory {}", directory.display()))
 }
 
 fn request(place: &Place, backup: Backup) -> anyhow::Result<BackupRequest> {
@@ -86,7 +97,7 @@ fn request(place: &Place, backup: Backup) -> anyhow::Result<BackupRequest> {
     })
 }
 
-fn absolute(path: &std::path::Path) -> std::path::PathBuf {
+fn absolute(path: &Path) -> PathBuf {
     std::path::absolute(path).unwrap_or_else(|_| path.to_owned())
 }
 

@@ -18,7 +18,7 @@ use super::output;
 use super::settings::Place;
 use crate::chunk::default_chunking;
 use crate::embedded::{Embedded, LOCAL_REPOSITORY, is_repository};
-use crate::identity::Store;
+use crate::identity::{Credentials, Store};
 use crate::keys::{
     Keyset, SlotSecret, format_recovery_key, key_file_path, load_key_file, parse_recovery_key, random, seal_slot,
     store_key_file, unlock,
@@ -80,8 +80,15 @@ impl Connected {
                 Ok(Self { client, name, directory: Some(directory.clone()), embedded: Some(embedded) })
             }
             Location::Server(server, name) => {
-                let credentials = Store::new(&place.config_dir, server.clone()).load()?;
+                let store = Store::new(&place.config_dir, server.clone());
+                let credentials = store.load()?;
                 let client = Client::start(Arc::new(TlsConnector::new(&credentials)?));
+                if credentials.renewal_due(clock::wall())
+                    && let Err(error) = renew(&client, &store, &credentials).await
+                {
+                    // The certificate in use is still good; the next command tries again.
+                    tracing::warn!(%error, "this machine's certificate could not be renewed");
+                }
                 Ok(Self { client, name: name.clone(), directory: None, embedded: None })
             }
         }
@@ -95,6 +102,12 @@ impl Connected {
             None => Ok(()),
         }
     }
+}
+
+async fn renew(client: &Client, store: &Store, credentials: &Credentials) -> anyhow::Result<()> {
+    let certificate = client.renew(credentials.renewal_request()?).await?;
+    store.renew(&certificate.into())?;
+    Ok(())
 }
 
 /// A repository whose key has been opened.

@@ -20,7 +20,7 @@ use strandline_messages::format::FormatError;
 use strandline_messages::format::receipt::ReceiptV1;
 use strandline_messages::format::repository::RepositoryV1;
 use strandline_messages::wire::{
-    AbortSession, CreateRepository, DescribeRepository, ListSnapshots, Message, OpenSession, SessionKind,
+    AbortSession, CreateRepository, DescribeRepository, ListSnapshots, Message, OpenSession, Renew, SessionKind,
     SessionOpened, StatusReported,
 };
 use strandline_messages::{RepositoryName, SessionId, limits};
@@ -163,6 +163,14 @@ impl Client {
         match self.ask(Message::GetStatus).await? {
             Message::StatusReported(status) => Ok(status),
             other => Err(unexpected(&other, "StatusReported")),
+        }
+    }
+
+    /// A new client certificate (DER) for the key that made this request (PKCS #10, DER).
+    pub async fn renew(&self, request: Vec<u8>) -> Result<Vec<u8>, ClientError> {
+        match self.ask(Message::Renew(Renew { request: request.into() })).await? {
+            Message::Enrolled(enrolled) => Ok(enrolled.certificate.into_vec()),
+            other => Err(unexpected(&other, "Enrolled")),
         }
     }
 

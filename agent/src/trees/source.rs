@@ -28,14 +28,14 @@ pub trait ChunkSource: Send + Sync {
 pub enum FetchError {
     /// The repository does not have them.
     #[error(
-        "the repository lacks {}; run `strand check`; the next backup of the same files heals it", naming(.chunks)
+        "the repository lacks {}; everything else can be restored", naming(.chunks)
     )]
     Missing {
         /// The chunks.
         chunks: Vec<ChunkId>,
     },
     /// A block came but could not be opened, or holds wrong chunks.
-    #[error("block {block} is damaged: {reason}; run `strand check`; the next backup of the same files heals it")]
+    #[error("block {block} is damaged: {reason}; everything else can be restored")]
     Damaged {
         /// The block, as precisely as it could be told.
         block: String,

@@ -84,7 +84,7 @@ impl WriterCertificateV1 {
     }
 }
 
-/// What a client signs to prove that it holds its writer key: the server's nonce, the repository and the agent.
+/// What a client signs to prove that it holds its writer key: the server's nonce and the repository.
 pub fn open_session_proof(nonce: &[u8; 32], repository: &RepositoryId) -> Vec<u8> {
     let mut out = b"strandline open session v1".to_vec();
     out.extend_from_slice(nonce);

@@ -4,8 +4,8 @@ use super::frame::{FLAG_CRITICAL, Frame};
 use super::types::{
     AbortSession, Ack, Attach, Attached, ChunksKnown, Commit, Committed, CreateRepository, Credit, Defer,
     DescribeRepository, Enroll, Enrolled, FetchChunks, FetchDone, Hello, Join, ListSnapshots, MissingChunks,
-    OpenSession, Ping, Pong, QueryChunks, Refused, RepositoryDescribed, Retransmit, SessionOpened, SnapshotsListed,
-    StatusReported,
+    OpenSession, Ping, Pong, QueryChunks, Refused, Renew, RepositoryDescribed, Retransmit, SessionOpened,
+    SnapshotsListed, StatusReported,
 };
 use super::{WireError, codec};
 use crate::ids::ChunkId;
@@ -143,6 +143,8 @@ messages! {
     0x0050 ENROLL Enroll(Enroll),
     /// Server: here it is.
     0x0051 ENROLLED Enrolled(Enrolled),
+    /// Agent: a new certificate for the key in use, please. Answered with `Enrolled`.
+    0x0052 RENEW Renew(Renew),
 }
 
 impl Message {
@@ -191,7 +193,20 @@ impl Message {
                 within("key slots", slots.len(), limits::KEY_SLOTS_MAX)?;
                 slots.iter().try_for_each(|slot| within("a key slot", slot.len(), limits::KEY_SLOT_BYTES_MAX))
             }
-            Self::SnapshotsListed(m) => within("snapshots", m.snapshots.len(), limits::LIST_PAGE_MAX),
+            Self::SnapshotsListed(m) => {
+                within("snapshots", m.snapshots.len(), limits::LIST_PAGE_MAX)?;
+                m.snapshots.iter().try_for_each(|s| within("a manifest", s.manifest.len(), limits::MANIFEST_BYTES_MAX))
+            }
+            Self::StatusReported(m) => {
+                within("software", m.software.len(), limits::TEXT_BYTES_MAX)?;
+                within("repositories", m.repositories.len(), limits::STATUS_ROWS_MAX)?;
+                within("sessions", m.sessions.len(), limits::STATUS_ROWS_MAX)
+            }
+            Self::Renew(m) => within("certificate request", m.request.len(), limits::CERTIFICATE_BYTES_MAX),
+            Self::Enrolled(m) => {
+                within("certificate", m.certificate.len(), limits::CERTIFICATE_BYTES_MAX)?;
+                within("authority", m.authority.len(), limits::CERTIFICATE_BYTES_MAX)
+            }
             Self::SessionOpened(m) => {
                 within("data addresses", m.data_addresses.len(), limits::DATA_ADDRESSES_MAX)?;
                 m.data_addresses.iter().try_for_each(|a| within("an address", a.len(), limits::ADDRESS_BYTES_MAX))

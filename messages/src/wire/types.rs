@@ -234,7 +234,7 @@ pub struct Commit {
     /// The signed manifest.
     pub manifest: ByteBuf,
     /// Number of blocks of the session: the commit waits until the watermark reaches it.
-    pub last_sequence: u64,
+    pub blocks: u64,
 }
 
 /// The snapshot is committed.
@@ -418,6 +418,13 @@ pub struct Enroll {
     pub request: ByteBuf,
     /// Host name, for people.
     pub label: String,
+}
+
+/// Asks for a new certificate for the key in use (on a session connection).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Renew {
+    /// PKCS #10 certificate request, DER, for the enrolled key.
+    pub request: ByteBuf,
 }
 
 /// The certificate.

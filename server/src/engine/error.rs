@@ -21,7 +21,7 @@ pub enum EngineError {
         holder: String,
     },
     /// The tenant has no repository of that name.
-    #[error("there is no repository `{name}`; see `strand-server repository list`, or create it with `strand init`")]
+    #[error("there is no repository `{name}`; `strand init` makes one, `strand status` lists those of your tenant")]
     NoSuchRepository {
         /// The tenant.
         tenant: TenantName,

@@ -30,7 +30,7 @@ pub enum StorageError {
         source: io::Error,
     },
     /// A file is not what its name says.
-    #[error("{path} is not usable: {source}; run `strand-server scrub` to see what is affected", path = .path.display())]
+    #[error("{path} is not usable: {source}; other files are not affected", path = .path.display())]
     Format {
         /// The file.
         path: PathBuf,

@@ -30,7 +30,7 @@ pub enum StoreError {
     },
     /// No space left.
     #[error(
-        "the disk is full ({source}); the block was not stored, what was acknowledged is safe; free space or prune, then run the backup again"
+        "the disk is full ({source}); the block was not stored, what was acknowledged is safe; free space on the server, then run the backup again"
     )]
     Full {
         /// What the operating system said.

@@ -81,17 +81,15 @@ pub async fn enrol(
 pub async fn renew(
     tenancy: &Tenancy,
     authority: &Authority,
-    peer: &AgentPeer,
+    identity: Identity,
     csr_der: &[u8],
     validity: Duration,
 ) -> Result<Enrolled, EnrolError> {
     let key = ProvenKey::from_request(csr_der).map_err(EnrolError::Request)?;
-    if key.hash() != peer.key_hash {
-        return Err(EnrolError::NotEnrolled);
-    }
     let validity = authority.capped(validity);
-    tenancy.extend(peer, validity).await?;
-    issue(authority, &key, peer.identity.clone(), validity)
+    let peer = AgentPeer { identity, key_hash: key.hash() };
+    tenancy.extend(&peer, validity).await?;
+    issue(authority, &key, peer.identity, validity)
 }
 
 fn issue(

@@ -8,7 +8,6 @@ use tempfile::TempDir;
 use super::enrol::Machine;
 use super::*;
 use crate::pki::{Authority, identity_of, key_hash_of};
-use crate::tls::AgentPeer;
 
 const DAY: Duration = Duration::from_hours(24);
 
@@ -162,17 +161,17 @@ async fn renewal_keeps_the_key_and_needs_an_enrolled_agent() {
     let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256).unwrap();
     let first = enrol(&site.tenancy, &authority, &secret, "h", &request(&key), DAY).await.unwrap();
     let agent = first.identity.agent;
-    let peer = AgentPeer { key_hash: key_hash_of(&first.certificate).unwrap(), identity: first.identity };
+    let identity = first.identity;
     let before = site.tenancy.agent(agent).await.unwrap().unwrap().expires_ns;
-    let second = renew(&site.tenancy, &authority, &peer, &request(&key), 2 * DAY).await.unwrap();
-    assert_eq!(identity_of(&second.certificate).unwrap(), peer.identity);
+    let second = renew(&site.tenancy, &authority, identity.clone(), &request(&key), 2 * DAY).await.unwrap();
+    assert_eq!(identity_of(&second.certificate).unwrap(), identity);
     let site = site.rebuilt().await.unwrap();
     assert!(site.tenancy.agent(agent).await.unwrap().unwrap().expires_ns > before);
     let other = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256).unwrap();
-    let refused = renew(&site.tenancy, &authority, &peer, &request(&other), DAY).await;
+    let refused = renew(&site.tenancy, &authority, identity.clone(), &request(&other), DAY).await;
     assert!(matches!(refused, Err(EnrolError::NotEnrolled)));
     site.tenancy.revoke(agent).await.unwrap();
-    let refused = renew(&site.tenancy, &authority, &peer, &request(&key), DAY).await;
+    let refused = renew(&site.tenancy, &authority, identity.clone(), &request(&key), DAY).await;
     assert!(matches!(refused, Err(EnrolError::NotEnrolled)));
 }
 
