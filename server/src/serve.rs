@@ -178,7 +178,9 @@ pub async fn serve(options: ServeOptions) -> anyhow::Result<()> {
         tenancy: tenancy.clone(),
         certificate: Arc::clone(&certificate),
     };
-    let administrator = Administrator::new(data.clone(), config.clone(), tenancy, Arc::clone(&authority), state);
+    // A port that the system chose is the one to put into tokens.
+    let told = Config { listen: addresses.clone(), ..config.clone() };
+    let administrator = Administrator::new(data.clone(), told, tenancy, Arc::clone(&authority), state);
     let socket = AdminSocket::bind(&data)?;
     tracing::info!(data = %data.display(), listening = ?addresses, "server started");
 
