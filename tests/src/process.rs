@@ -221,6 +221,8 @@ impl Drop for Process {
 /// The first `address:port` in a line of log.
 fn first_address(line: &str) -> Option<SocketAddr> {
     line.split(|c: char| c.is_whitespace() || "\"'`,;()=<>/".contains(c))
+        .flat_map(|word| [Some(word), word.strip_prefix('[').and_then(|word| word.strip_suffix(']'))])
+        .flatten()
         .find_map(|word| word.trim_end_matches(['.', ':']).parse().ok())
 }
 
@@ -338,6 +340,7 @@ mod tests {
             "listening on [::1]:9847",
             "{\"message\":\"listening\",\"address\":\"[::1]:9847\"}",
             "listening address=[::1]:9847.",
+            "started listening=[[::1]:9847]",
         ] {
             assert_eq!(first_address(line), Some("[::1]:9847".parse().unwrap()), "{line}");
         }
