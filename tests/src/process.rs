@@ -132,6 +132,11 @@ impl Process {
         format!("{}{}", self.stdout.text(), self.stderr.text())
     }
 
+    /// Everything said so far on standard output alone.
+    pub fn stdout_text(&self) -> String {
+        self.stdout.text()
+    }
+
     /// Waits for a line, on either output, that contains `text`. Lines said before count.
     pub fn wait_for_line(&self, text: &str, patience: Duration) -> Result<String> {
         let end = clock::now() + patience;
