@@ -85,10 +85,10 @@ fn s21_connections_that_stall_without_a_word_are_given_up_and_the_run_ends_well(
     let source = rig.scratch().join("source");
     random_files(&source, 5, 60, 256 << 10)?;
     let start = rig.proxy()?.carried_bytes(Direction::ToServer);
-    let backup = writer.start_backup(&source, &["--streams", "4", "--limit-upload", "6M"])?;
+    let backup = writer.start_backup(&source, &["--streams", "4", "--limit-upload", "6M", "-vv"])?;
     rig.proxy()?.wait_for_bytes(Direction::ToServer, start + 5 * MIB, PATIENCE)?;
     ensure!(rig.proxy()?.cut_all(Fault::Stall) > 1);
-    let summary = finish(backup)?;
+    let summary = finish(backup)?; eprintln!("AGENT\n{}\nSERVER\n{}", summary.stderr, rig.log());
     ensure!(writer.snapshots()? == [summary.snapshot()?]);
     ensure_restores(&rig, &writer, &summary.snapshot()?, &source)?;
     rig.ensure_no_panic()
