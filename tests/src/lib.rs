@@ -8,4 +8,5 @@ pub mod process;
 pub mod proxy;
 pub mod random;
 pub mod ranges;
+pub mod rig;
 pub mod sockets;

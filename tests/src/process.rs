@@ -132,6 +132,11 @@ impl Process {
         format!("{}{}", self.stdout.text(), self.stderr.text())
     }
 
+    /// Everything said so far on standard output alone.
+    pub fn stdout_text(&self) -> String {
+        self.stdout.text()
+    }
+
     /// Waits for a line, on either output, that contains `text`. Lines said before count.
     pub fn wait_for_line(&self, text: &str, patience: Duration) -> Result<String> {
         let end = clock::now() + patience;
@@ -221,6 +226,8 @@ impl Drop for Process {
 /// The first `address:port` in a line of log.
 fn first_address(line: &str) -> Option<SocketAddr> {
     line.split(|c: char| c.is_whitespace() || "\"'`,;()=<>/".contains(c))
+        .flat_map(|word| [Some(word), word.strip_prefix('[').and_then(|word| word.strip_suffix(']'))])
+        .flatten()
         .find_map(|word| word.trim_end_matches(['.', ':']).parse().ok())
 }
 
@@ -338,6 +345,7 @@ mod tests {
             "listening on [::1]:9847",
             "{\"message\":\"listening\",\"address\":\"[::1]:9847\"}",
             "listening address=[::1]:9847.",
+            "started listening=[[::1]:9847]",
         ] {
             assert_eq!(first_address(line), Some("[::1]:9847".parse().unwrap()), "{line}");
         }
