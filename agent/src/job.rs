@@ -25,7 +25,7 @@ use strandline_messages::{ChunkKind, SnapshotId};
 use tokio::sync::Notify;
 
 use crate::backup::ports::{BlockSealer, BlockSink, DiscardingSink, NullSealer, Ports};
-use crate::backup::progress::Progress;
+use crate::backup::progress::{Issue, Progress};
 use crate::backup::{BackupError, BackupPlan, CacheTrust, ChunkKeys, PassOutcome, run_pass};
 use crate::cache::{CacheIdentity, CacheReader, PendingCache};
 use crate::keys::Keyset;
@@ -123,6 +123,8 @@ pub struct BackupReport {
     pub elapsed: Duration,
     /// Connections made after the first of each stream.
     pub reconnects: u64,
+    /// The first things that could not be saved as they are; all of them are in the snapshot's error list.
+    pub issues: Vec<Issue>,
 }
 
 /// What others may look at while a job runs.
@@ -230,6 +232,7 @@ impl Run<'_> {
             totals,
             elapsed: clock::now().saturating_duration_since(started),
             reconnects,
+            issues: self.view.progress.issues(),
         })
     }
 

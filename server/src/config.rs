@@ -256,8 +256,9 @@ impl Config {
         check("session_grace", (Duration::from_secs(10)..=day).contains(&self.session_grace), || {
             "must be from 10s to 1day".into()
         })?;
-        check("progress_timeout", (Duration::from_secs(5)..=day).contains(&self.progress_timeout), || {
-            "must be from 5s to 1day".into()
+        // Agents say something at least every 15 s: a shorter limit would take the idle for dead.
+        check("progress_timeout", (Duration::from_secs(30)..=day).contains(&self.progress_timeout), || {
+            "must be from 30s to 1day".into()
         })?;
         check("certificates.agent_validity", self.certificates.agent_validity >= Duration::from_hours(1), || {
             "must be at least 1h".into()

@@ -65,8 +65,7 @@ impl Rig {
         let data = scratch.path().join("server");
         // Nothing listens there; the address is replaced as soon as the server is up.
         let proxy = Proxy::start(SocketAddr::from((Ipv4Addr::LOCALHOST, 1)))?;
-        // Half-open connections are noticed soon on the server's side; the agent's own limit is its default.
-        Self::build(scratch, data, Some(proxy), &[("STRAND_SERVER_PROGRESS_TIMEOUT", "10s")])
+        Self::build(scratch, data, Some(proxy), &[])
     }
 
     fn build(

@@ -84,11 +84,24 @@ fn s21_connections_that_stall_without_a_word_are_given_up_and_the_run_ends_well(
     let writer = rig.owner("writer")?;
     let source = rig.scratch().join("source");
     random_files(&source, 5, 60, 256 << 10)?;
-    let start = rig.proxy()?.carried_bytes(Direction::ToServer);
-    let backup = writer.start_backup(&source, &["--streams", "4", "--limit-upload", "6M", "-vv"])?;
-    rig.proxy()?.wait_for_bytes(Direction::ToServer, start + 5 * MIB, PATIENCE)?;
-    ensure!(rig.proxy()?.cut_all(Fault::Stall) > 1);
-    let summary = finish(backup)?; eprintln!("AGENT\n{}\nSERVER\n{}", summary.stderr, rig.log());
+    // The control connection stalls after its greeting, one stream in its middle; both are found after 60 s.
+    let stall = |connection, after_bytes| Cut {
+        connection: Some(connection),
+        direction: Direction::ToServer,
+        after_bytes,
+        fault: Fault::Stall,
+    };
+    let cuts = vec![stall(0, 7_500), stall(2, 1 << 20)];
+    rig.plan(Plan { cuts, ..Plan::default() })?;
+    let backup = writer.start_backup(&source, &["--streams", "4", "--limit-upload", "6M"])?;
+    if is_long() {
+        // And then all of them at once.
+        let now = rig.proxy()?.carried_bytes(Direction::ToServer);
+        rig.proxy()?.wait_for_bytes(Direction::ToServer, now + 5 * MIB, PATIENCE)?;
+        ensure!(rig.proxy()?.cut_all(Fault::Stall) > 1);
+    }
+    let summary = finish(backup)?;
+    ensure!(summary.count("reconnects")? > 0, "{summary:?}");
     ensure!(writer.snapshots()? == [summary.snapshot()?]);
     ensure_restores(&rig, &writer, &summary.snapshot()?, &source)?;
     rig.ensure_no_panic()

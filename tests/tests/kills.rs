@@ -167,14 +167,23 @@ fn s37_a_lost_catalog_and_index_are_made_anew_with_the_same_snapshots() -> Resul
     writer.backup(&source, &[])?;
     let before = reader.snapshots()?;
     for is_killed in [false, true] {
-        if is_killed { rig.kill_server() } else { rig.stop_server(Duration::from_secs(10))? }
+        if is_killed {
+            rig.kill_server()
+        } else {
+            rig.stop_server(Duration::from_secs(10))?
+        }
         for entry in fs::read_dir(rig.data())? {
             let path = entry?.path();
             if path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("catalog.sqlite")) {
                 fs::remove_file(path)?;
             }
         }
-        fs::remove_dir_all(rig.data().join("storage/acme/main/index"))?;
+        let mut indexes = 0;
+        for repository in fs::read_dir(rig.data().join("storage/acme"))? {
+            fs::remove_dir_all(repository?.path().join("index"))?;
+            indexes += 1;
+        }
+        ensure!(indexes == 1);
         rig.start_server()?;
         ensure!(reader.snapshots()? == before);
         let target = rig.scratch().join(format!("restored-{is_killed}"));

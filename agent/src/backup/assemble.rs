@@ -164,7 +164,7 @@ impl<'a> Assembler<'a> {
     }
 
     fn problem(&mut self, path: Vec<u8>, message: String) -> Result<(), BackupError> {
-        self.progress.errors.add(1);
+        self.progress.tell_issue(&path, &message);
         self.errors.add(path, message, &mut self.emitter)
     }
 

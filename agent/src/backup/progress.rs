@@ -13,6 +13,7 @@ macro_rules! counters {
             /// Whether the estimate is complete.
             pub estimated: AtomicBool,
             current: Mutex<Vec<u8>>,
+            issues: Mutex<Vec<Issue>>,
         }
 
         /// The counters at one moment.
@@ -67,6 +68,18 @@ counters! {
     errors,
 }
 
+/// Something that could not be saved as it is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Issue {
+    /// Its path, raw.
+    pub path: Vec<u8>,
+    /// What happened.
+    pub message: String,
+}
+
+/// Issues that are kept to be shown; all of them are in the snapshot's error list.
+const ISSUES_MAX: usize = 50;
+
 /// A number that only grows.
 #[derive(Debug, Default)]
 pub struct Counter(AtomicU64);
@@ -87,6 +100,23 @@ impl Progress {
     /// The path being read, raw.
     pub fn current_path(&self) -> Vec<u8> {
         self.current.lock().clone()
+    }
+
+    /// The first issues, at most 50.
+    pub fn issues(&self) -> Vec<Issue> {
+        self.issues.lock().clone()
+    }
+
+    /// Counts an issue, and keeps it if it is among the first. A second pass over the same files tells of it again.
+    pub fn tell_issue(&self, path: &[u8], message: &str) {
+        self.errors.add(1);
+        let mut issues = self.issues.lock();
+        if issues.len() < ISSUES_MAX {
+            let issue = Issue { path: path.to_owned(), message: message.to_owned() };
+            if !issues.contains(&issue) {
+                issues.push(issue);
+            }
+        }
     }
 
     /// Sets the path being read.

@@ -171,8 +171,34 @@ struct Summary {
     reconnects: u64,
 }
 
+#[derive(Serialize)]
+struct Issue {
+    message_type: &'static str,
+    path: String,
+    message: String,
+}
+
+/// What could not be saved as it is, the first of it by name.
+fn issues(global: &Global, report: &BackupReport) -> anyhow::Result<()> {
+    for issue in &report.issues {
+        let path = output::path(&issue.path);
+        if global.json {
+            output::json_line(&Issue { message_type: "issue", path, message: issue.message.clone() })?;
+        } else {
+            output::error(false, Fate::Partial.code(), &format!("{path}: {}", issue.message));
+        }
+    }
+    let shown = report.issues.len() as u64;
+    if report.totals.errors > shown && !global.json {
+        let rest = report.totals.errors - shown;
+        output::error(false, Fate::Partial.code(), &format!("{rest} more are in the snapshot's list of errors"));
+    }
+    Ok(())
+}
+
 fn summary(global: &Global, report: &BackupReport, dry_run: bool) -> anyhow::Result<()> {
     let totals = &report.totals;
+    issues(global, report)?;
     if global.json {
         return output::json_line(&Summary {
             message_type: "summary",

@@ -12,12 +12,28 @@ use super::StorageError;
 /// Most parts of one vectored write (Linux `IOV_MAX`).
 const WRITE_PARTS_MAX: usize = 1024;
 
+/// Free space that blocks never take, bytes: the catalog, the index and footers need it so that a full disk can still be
+/// read from, listed and cleaned up.
+pub const RESERVE_BYTES: u64 = 16 << 20;
+
 /// What the pack writer does to files. The system's implementation is [`SystemFiles`].
 pub trait FileOps: Send + Sync + std::fmt::Debug {
     /// Creates a file that must not exist yet, for reading and writing.
     fn create(&self, path: &Path) -> io::Result<File>;
     /// Writes all `parts`, one after another, from `offset` (bytes) on.
     fn write_at(&self, file: &File, path: &Path, parts: &[Bytes], offset: u64) -> io::Result<()>;
+    /// Fails with [`io::ErrorKind::StorageFull`] if `bytes` more would leave less than [`RESERVE_BYTES`] free where `file` is.
+    fn ensure_room(&self, file: &File, bytes: u64) -> io::Result<()> {
+        let stat = rustix::fs::fstatvfs(file)?;
+        let free_bytes = stat.f_bavail.saturating_mul(stat.f_frsize);
+        // Some network file systems do not know their size.
+        if stat.f_blocks > 0 && free_bytes < bytes.saturating_add(RESERVE_BYTES) {
+            let text =
+                format!("{free_bytes} bytes are free, of which {RESERVE_BYTES} are kept for the catalog and the index");
+            return Err(io::Error::new(io::ErrorKind::StorageFull, text));
+        }
+        Ok(())
+    }
     /// Makes the file's bytes durable (`fdatasync`).
     fn sync(&self, file: &File, path: &Path) -> io::Result<()>;
     /// Makes the names in a directory durable.

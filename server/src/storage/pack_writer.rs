@@ -375,7 +375,8 @@ impl Worker {
         }
         let path = self.shared.paths.pack(pack.info.number);
         let mut sync_time = Duration::ZERO;
-        let written = self.shared.ops.write_at(&pack.file, &path, &parts, start).and_then(|()| {
+        let room = self.shared.ops.ensure_room(&pack.file, end - start);
+        let written = room.and_then(|()| self.shared.ops.write_at(&pack.file, &path, &parts, start)).and_then(|()| {
             let began = clock::now();
             self.shared.ops.sync(&pack.file, &path)?;
             sync_time = began.elapsed();
