@@ -3,6 +3,7 @@
 
 use std::fs::{self, File};
 use std::io::{self, IoSlice, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 use bytes::Bytes;
@@ -46,7 +47,7 @@ pub struct SystemFiles;
 
 impl FileOps for SystemFiles {
     fn create(&self, path: &Path) -> io::Result<File> {
-        File::options().read(true).write(true).create_new(true).open(path)
+        File::options().read(true).write(true).create_new(true).mode(0o600).open(path)
     }
 
     fn write_at(&self, file: &File, _path: &Path, parts: &[Bytes], mut offset: u64) -> io::Result<()> {
