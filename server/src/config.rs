@@ -147,7 +147,7 @@ impl Default for Config {
             listen: vec![SocketAddr::from(([0u16; 8], DEFAULT_PORT))],
             advertise: Vec::new(),
             names: LOCAL_NAMES.map(str::to_owned).to_vec(),
-            max_streams: 8,
+            max_streams: 16,
             window_bytes: 64 << 20,
             receive_bytes: 48 << 20,
             session_grace: Duration::from_mins(10),
