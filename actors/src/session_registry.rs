@@ -13,7 +13,7 @@ use actix::{
 use futures_util::FutureExt;
 use strandline_messages::mail::{Peer, StoreFailed};
 use strandline_messages::wire::{
-    Attach, Attached, Committed, Message, OpenSession, RefusalCode, Refused, SessionOpened,
+    Attach, Attached, Committed, Message, OpenSession, RefusalCode, Refused, SessionKind, SessionOpened,
 };
 use strandline_messages::{AgentId, Incarnation, SessionId, SessionToken};
 use tracing::info;
@@ -30,8 +30,10 @@ use crate::stream::{JoinGranted, JoinSession};
 pub struct SessionSettings {
     /// Time limits.
     pub limits: SessionLimits,
-    /// Backup: window that agents are told. Restore: first credit. Bytes, at least one maximal block.
+    /// Backup: window that agents are told. Bytes, at least one maximal block.
     pub window_bytes: u64,
+    /// Restore: first credit. Bytes, at least one maximal block; opened blocks are several times as large.
+    pub credit_bytes: u64,
     /// Most streams of one session.
     pub max_streams: u16,
     /// Where streams connect to; empty: where the control connection is.
@@ -138,15 +140,16 @@ impl SessionRegistry {
             old.session.do_send(Supersede);
         }
         let (peer, token) = (request.peer, SessionToken(self.host.random()));
-        info!(session = %id.short(), tenant = %peer.tenant, agent = %peer.agent.short(), kind = ?request.request.kind, "session opened");
+        let kind = request.request.kind;
+        info!(session = %id.short(), tenant = %peer.tenant, agent = %peer.agent.short(), ?kind, "session opened");
         let session = Session::new(SessionSeed {
             id,
-            kind: request.request.kind,
+            kind,
             peer: peer.clone(),
             repository: request.request.repository,
             store,
             limits: self.settings.limits,
-            credit: self.settings.window_bytes,
+            credit: self.settings.credit_bytes,
             control: request.control,
             registry: ctx.address().recipient(),
         })
@@ -157,7 +160,10 @@ impl SessionRegistry {
             session: id,
             token,
             incarnation,
-            window_bytes: self.settings.window_bytes,
+            window_bytes: match kind {
+                SessionKind::Backup => self.settings.window_bytes,
+                SessionKind::Restore => self.settings.credit_bytes,
+            },
             max_streams: self.settings.max_streams,
             data_addresses: self.settings.data_addresses.clone(),
         });

@@ -16,7 +16,7 @@ use strandline_actors::runtime::transport::{ConnectFault, Connection, Connector}
 use strandline_actors::session_registry::SessionSettings;
 use strandline_messages::mail::Peer;
 use strandline_messages::{AgentId, limits};
-use strandline_server::core::{CoreSettings, ServerCore};
+use strandline_server::core::{CREDIT_BYTES, CoreSettings, ServerCore};
 use strandline_server::engine::{Engine, EngineError, EngineOptions};
 use tokio::sync::oneshot;
 
@@ -144,6 +144,7 @@ fn settings() -> CoreSettings {
         sessions: SessionSettings {
             limits: SessionLimits::default(),
             window_bytes: 64 << 20,
+            credit_bytes: CREDIT_BYTES,
             max_streams: limits::STREAMS_MAX,
             data_addresses: Vec::new(),
         },

@@ -308,7 +308,10 @@ fn commented(config: &Config) -> String {
         let quoted: Vec<String> = items.iter().map(|item| format!("\"{item}\"")).collect();
         format!("[{}]", quoted.join(", "))
     };
-    let time = |duration: Duration| format!("\"{}\"", humantime::format_duration(duration));
+    let time = |duration: Duration| match (duration.as_secs(), duration.subsec_nanos()) {
+        (seconds, 0) if seconds > 0 && seconds.is_multiple_of(86_400) => format!("\"{}days\"", seconds / 86_400),
+        _ => format!("\"{}\"", humantime::format_duration(duration)),
+    };
     let strings = |items: &[ServerAddress]| list(items.iter().map(ToString::to_string).collect());
     let listen = list(config.listen.iter().map(ToString::to_string).collect());
     let mut text = String::new();

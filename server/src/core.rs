@@ -33,6 +33,9 @@ const DRAIN_MAX: Duration = Duration::from_secs(7);
 /// How long control connections may take to close after that.
 const CLOSE_MAX: Duration = Duration::from_secs(2);
 
+/// First credit of a restore session, bytes: three maximal blocks, and what a fast link holds under way.
+pub const CREDIT_BYTES: u64 = 16 << 20;
+
 /// Limits of the sessions of one server.
 #[derive(Clone, Debug)]
 pub struct CoreSettings {
@@ -50,6 +53,7 @@ impl From<&Config> for CoreSettings {
             sessions: SessionSettings {
                 limits: SessionLimits { grace: config.session_grace, ..SessionLimits::default() },
                 window_bytes: config.window_bytes,
+                credit_bytes: CREDIT_BYTES,
                 max_streams: config.max_streams,
                 data_addresses: Vec::new(),
             },

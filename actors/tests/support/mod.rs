@@ -142,6 +142,7 @@ impl Server {
         let settings = SessionSettings {
             limits: SessionLimits::default(),
             window_bytes: 64 << 20,
+            credit_bytes: 16 << 20,
             max_streams,
             data_addresses: Vec::new(),
         };

@@ -107,8 +107,8 @@ pub struct Backup {
     /// Stay on the file systems of the given paths
     #[arg(short = 'x', long)]
     pub one_file_system: bool,
-    /// Parallel data streams
-    #[arg(long, value_name = "N")]
+    /// Parallel data streams, 1 to 64; the server may allow fewer
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
     pub streams: Option<u16>,
     /// Send at most so much per second, over all streams (`500K`, `10M`; bytes without a unit)
     #[arg(long, value_name = "RATE", value_parser = bytes)]
@@ -168,8 +168,8 @@ pub struct Restore {
     /// Read everything again afterwards and compare it with the snapshot
     #[arg(long)]
     pub verify: bool,
-    /// Parallel data streams
-    #[arg(long, value_name = "N")]
+    /// Parallel data streams, 1 to 64; the server may allow fewer
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
     pub streams: Option<u16>,
 }
 

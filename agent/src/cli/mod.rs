@@ -43,10 +43,22 @@ pub fn main() -> ExitCode {
         Ok(fate) => ExitCode::from(fate.code()),
         Err(error) => {
             let code = fate::exit_code(&error);
-            output::error(json, code, &format!("{error:#}"));
+            output::error(json, code, &told(&error));
             ExitCode::from(code)
         }
     }
+}
+
+/// An error with its causes; what a text says already is not said again.
+fn told(error: &anyhow::Error) -> String {
+    let mut text = error.to_string();
+    for cause in error.chain().skip(1) {
+        let cause = cause.to_string();
+        if !text.contains(&cause) {
+            text += &format!(": {cause}");
+        }
+    }
+    text
 }
 
 async fn run(arguments: Arguments) -> anyhow::Result<Fate> {
@@ -73,7 +85,7 @@ async fn run(arguments: Arguments) -> anyhow::Result<Fate> {
 /// The log goes to standard error: warnings, or more with `-v`; `STRAND_LOG` decides if it is set.
 fn start_log(verbose: u8) {
     let usual = match verbose {
-        0 => "warn,strandline_server=error,sqlx=error",
+        0 => "warn,sqlx=error",
         1 => "info,sqlx=error",
         _ => "debug,sqlx=warn",
     };

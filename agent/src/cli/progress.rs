@@ -136,15 +136,15 @@ fn line(now: &Snapshot, elapsed: Duration, remaining: Option<Duration>) -> Strin
         format!("{} of {}{approximately} files", now.files_done, now.files_total),
         format!("{}/s", output::size(rate)),
     ];
+    if let Some(left) = remaining {
+        parts.push(format!("{} left", output::span(left)));
+    }
     if now.bytes_done > 0 && now.bytes_new > 0 {
         let known = now.bytes_done.saturating_sub(now.bytes_new).saturating_mul(100) / now.bytes_done;
         parts.push(format!("{known} % known"));
     }
     if now.streams > 0 {
         parts.push(format!("{} streams", now.streams));
-    }
-    if let Some(left) = remaining {
-        parts.push(format!("{} left", output::span(left)));
     }
     if now.errors > 0 {
         parts.push(format!("{} errors", now.errors));

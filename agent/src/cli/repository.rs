@@ -8,9 +8,12 @@ use std::sync::Arc;
 
 use anyhow::{Context, anyhow, bail};
 use serde::Serialize;
+use strandline_actors::control_channel::AskError;
 use strandline_actors::runtime::clock;
 use strandline_messages::identity::ServerAddress;
+use strandline_messages::wire::RefusalCode;
 use strandline_messages::{RepositoryId, RepositoryName};
+use zeroize::Zeroizing;
 
 use super::Fate;
 use super::args::Global;
@@ -24,7 +27,7 @@ use crate::keys::{
     store_key_file, unlock,
 };
 use crate::net::tls::TlsConnector;
-use crate::net::{Client, RepositoryInfo};
+use crate::net::{Client, ClientError, RepositoryInfo};
 
 /// Where a repository is.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -132,10 +135,10 @@ impl Opened {
     pub async fn writable(global: &Global, place: &Place) -> anyhow::Result<Self> {
         let location = Location::find(global, place)?;
         let fresh = matches!(&location, Location::Directory(directory) if !is_repository(directory));
-        let server = Connected::open(&location, true, global, place).await?;
         if fresh {
-            create(&server, global, place).await?;
+            make(&location, global, place).await?;
         }
+        let server = Connected::open(&location, false, global, place).await?;
         Self::unlock(server, global, place).await
     }
 
@@ -179,7 +182,10 @@ fn secrets(global: &Global, place: &Place, repository: &RepositoryId) -> anyhow:
     if let Some(passphrase) = passphrase(global, place)? {
         secrets.push(SlotSecret::Passphrase(passphrase));
     }
-    if let Some(key) = load_key_file(&key_file_path(&place.config_dir, repository))? {
+    // Whoever names a key wants to know whether that one opens the repository.
+    if secrets.is_empty()
+        && let Some(key) = load_key_file(&key_file_path(&place.config_dir, repository))?
+    {
         secrets.push(SlotSecret::KeyFile(*key));
     }
     Ok(secrets)
@@ -215,23 +221,63 @@ struct Created {
     recovery_key: String,
 }
 
-/// Makes the repository: keys first (a repository without a key would be useless), then the repository.
-async fn create(server: &Connected, global: &Global, place: &Place) -> anyhow::Result<()> {
-    let now_ns = clock::wall_ns();
+/// Makes a repository that does not exist yet.
+async fn make(location: &Location, global: &Global, place: &Place) -> anyhow::Result<()> {
     let id = RepositoryId(random()?);
+    let secret = FirstSecret::choose(&id, global, place)?;
+    let server = Connected::open(location, true, global, place).await?;
+    let created = create(&server, id, secret, global).await;
+    server.close().await?;
+    created
+}
+
+/// What opens a new repository besides its recovery key.
+enum FirstSecret {
+    Passphrase(String),
+    /// The key, where its file belongs, and whether the file is still to be written.
+    KeyFile(Zeroizing<[u8; 32]>, PathBuf, bool),
+}
+
+impl FirstSecret {
+    /// Decides before anything is made: a passphrase if one is given, else the key file that is named (made if it does not
+    /// exist), else one in the configuration directory.
+    fn choose(id: &RepositoryId, global: &Global, place: &Place) -> anyhow::Result<Self> {
+        if let Some(passphrase) = passphrase(global, place)? {
+            return Ok(Self::Passphrase(passphrase));
+        }
+        let named = global.key_file.as_ref().or(place.settings.key_file.as_ref());
+        let path = named.cloned().unwrap_or_else(|| key_file_path(&place.config_dir, id));
+        match load_key_file(&path)? {
+            Some(key) => Ok(Self::KeyFile(key, path, false)),
+            None => Ok(Self::KeyFile(Zeroizing::new(random()?), path, true)),
+        }
+    }
+}
+
+/// Keys first (a repository without a key would be useless), then the repository.
+async fn create(server: &Connected, id: RepositoryId, secret: FirstSecret, global: &Global) -> anyhow::Result<()> {
+    match server.client.describe(&server.name).await {
+        Ok(_) => bail!("the repository `{}` exists already; nothing was changed", server.name),
+        Err(ClientError::Ask(AskError::Refused(refusal))) if refusal.code == RefusalCode::NoSuchRepository => {}
+        Err(error) => return Err(error.into()),
+    }
+    let now_ns = clock::wall_ns();
     let keyset = Keyset::create(id)?;
     let file = keyset.public_file(server.name.clone(), default_chunking(), now_ns);
     let recovery: [u8; 32] = random()?;
     let mut slots = vec![seal_slot(&keyset, &SlotSecret::Recovery(recovery), "recovery key", now_ns)?.encode()];
-    let key_file = if let Some(passphrase) = passphrase(global, place)? {
-        slots.push(seal_slot(&keyset, &SlotSecret::Passphrase(passphrase), "passphrase", now_ns)?.encode());
-        None
-    } else {
-        let key: [u8; 32] = random()?;
-        let path = key_file_path(&place.config_dir, &id);
-        store_key_file(&path, &key)?;
-        slots.push(seal_slot(&keyset, &SlotSecret::KeyFile(key), &host_name(), now_ns)?.encode());
-        Some(path)
+    let key_file = match secret {
+        FirstSecret::Passphrase(passphrase) => {
+            slots.push(seal_slot(&keyset, &SlotSecret::Passphrase(passphrase), "passphrase", now_ns)?.encode());
+            None
+        }
+        FirstSecret::KeyFile(key, path, new) => {
+            if new {
+                store_key_file(&path, &key)?;
+            }
+            slots.push(seal_slot(&keyset, &SlotSecret::KeyFile(*key), &host_name(), now_ns)?.encode());
+            Some(path)
+        }
     };
     server.client.create(&file, &slots).await?;
     let recovery = format_recovery_key(&recovery);
@@ -268,10 +314,7 @@ pub async fn init(global: &Global, place: &Place) -> anyhow::Result<Fate> {
     {
         bail!("{} is a repository already; nothing was changed", directory.display());
     }
-    let server = Connected::open(&location, true, global, place).await?;
-    let created = create(&server, global, place).await;
-    server.close().await?;
-    created.map(|()| Fate::Done)
+    make(&location, global, place).await.map(|()| Fate::Done)
 }
 
 /// This machine's name.

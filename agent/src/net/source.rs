@@ -12,14 +12,11 @@ use parking_lot::Mutex;
 use strandline_actors::control_channel::AskError;
 use strandline_actors::fetcher::{BlockUsed, FetchBlocks, Fetcher};
 use strandline_messages::format::block::BlockView;
-use strandline_messages::{BlockDigest, ChunkId, limits};
+use strandline_messages::{BlockDigest, ChunkId, ChunkKind, limits};
 
 use crate::keys::Keyset;
 use crate::seal::{OpenedBlock, Opener};
 use crate::trees::{ChunkSource, FetchError, Fetched};
-
-/// Opened blocks that one fetch may have waiting for its reader: with credit, this bounds memory.
-const OPENED_AHEAD: usize = 8;
 
 /// A block on its way to a fetch's reader.
 struct Arrival {
@@ -63,10 +60,32 @@ impl Drop for NetworkSource {
 
 fn open_blocks(arrivals: &Receiver<Arrival>, opener: &Opener, fetcher: &Addr<Fetcher>) {
     for Arrival { block, wanted, reader } in arrivals {
-        let opened = opener.open(&block).map(Arc::new).map_err(|reason| damaged(&block, &wanted, reason));
-        // A reader that has gone away has cancelled its fetch; the credit goes back either way.
-        let _ = reader.send(opened);
-        fetcher.do_send(BlockUsed(block.len() as u64));
+        // Given back when the block has been used, or at once if it is of no use.
+        let credit = Credit { fetcher: fetcher.clone(), bytes: block.len() as u64 };
+        let opened = match opener.open(&block) {
+            Ok(mut opened) => {
+                // Tree blocks stay in a cache with a bound of its own, which must not eat up the credit.
+                if opened.kind() == ChunkKind::Data {
+                    opened.keep(Box::new(credit));
+                }
+                Ok(Arc::new(opened))
+            }
+            Err(reason) => Err(damaged(&block, &wanted, reason)),
+        };
+        // Never waits: the channel holds every block of its fetch. A reader that has gone away has cancelled it.
+        let _ = reader.try_send(opened);
+    }
+}
+
+/// What a block cost of the session's credit.
+struct Credit {
+    fetcher: Addr<Fetcher>,
+    bytes: u64,
+}
+
+impl Drop for Credit {
+    fn drop(&mut self) {
+        self.fetcher.do_send(BlockUsed(self.bytes));
     }
 }
 
@@ -78,19 +97,39 @@ fn damaged(block: &[u8], wanted: &HashSet<ChunkId>, reason: crate::seal::OpenErr
     FetchError::Damaged { block: name, chunks, reason }
 }
 
+/// What a fetch has got so far: chunks still wanted, and blocks that came.
+struct Pending {
+    chunks: HashSet<ChunkId>,
+    blocks: HashSet<BlockDigest>,
+}
+
+impl Pending {
+    /// Notes a block's chunks; whether the block is new. After a lost connection a block may come twice.
+    fn note(&mut self, block: &[u8]) -> bool {
+        let Ok(view) = BlockView::parse(block) else { return true };
+        if !self.blocks.insert(view.stored_digest()) {
+            return false;
+        }
+        for row in view.rows().filter_map(Result::ok) {
+            self.chunks.remove(&row.id);
+        }
+        true
+    }
+}
+
 impl ChunkSource for NetworkSource {
     fn fetch(&self, wanted: Vec<ChunkId>) -> Result<Fetched, FetchError> {
         let lost = |reason: String| FetchError::Lost { reason };
         let Some(arrivals) = self.arrivals.clone() else { return Err(lost("the session has ended".into())) };
-        let (reader, fetched) = bounded(OPENED_AHEAD);
-        let names = Arc::new(wanted.iter().copied().collect::<HashSet<_>>());
-        let seen: Mutex<HashSet<BlockDigest>> = Mutex::default();
+        // Room for a block for each chunk, and for the failure: whoever fills it never waits for its reader, so the
+        // reader of one fetch cannot hold up another. The credit bounds what is in it.
+        let (reader, fetched) = bounded(wanted.len() + 1);
+        let names: Arc<HashSet<ChunkId>> = Arc::new(wanted.iter().copied().collect());
+        let pending = Arc::new(Mutex::new(Pending { chunks: names.as_ref().clone(), blocks: HashSet::new() }));
         let taker = {
-            let (reader, wanted) = (reader.clone(), Arc::clone(&names));
+            let (reader, wanted, pending) = (reader.clone(), Arc::clone(&names), Arc::clone(&pending));
             Box::new(move |block: Bytes| {
-                // After a lost connection a block may come twice.
-                let digest = BlockView::parse(&block).ok().map(|view| view.stored_digest());
-                if digest.is_none_or(|digest| seen.lock().insert(digest)) {
+                if pending.lock().note(&block) {
                     let arrival = Arrival { block, wanted: Arc::clone(&wanted), reader: reader.clone() };
                     // The queue holds what the credit allows; if it is full, the peer has not kept to its credit.
                     let _ = arrivals.try_send(arrival);
@@ -99,15 +138,18 @@ impl ChunkSource for NetworkSource {
         };
         let fetching = self.fetcher.send(FetchBlocks { ids: wanted, taker });
         let finishing = async move {
+            let unread = || pending.lock().chunks.iter().copied().collect();
             let failure = match fetching.await.unwrap_or(Err(AskError::Closed)) {
+                Ok(fetched) if !fetched.damage.is_empty() => {
+                    Some(FetchError::Unreadable { reason: fetched.damage.trim().replace('\n', "; "), chunks: unread() })
+                }
                 Ok(fetched) if !fetched.unknown.is_empty() => Some(FetchError::Missing { chunks: fetched.unknown }),
-                Ok(fetched) if !fetched.damage.is_empty() => Some(lost(fetched.damage)),
                 Ok(_) => None,
                 Err(error) => Some(lost(error.to_string())),
             };
             if let Some(failure) = failure {
-                // The reader may be slow, and the arbiter must not wait for it.
-                std::thread::spawn(move || drop(reader.send(Err(failure))));
+                // The reader may have gone away.
+                let _ = reader.try_send(Err(failure));
             }
         };
         if self.arbiter.spawn(finishing) { Ok(fetched) } else { Err(lost("the connection is closed".into())) }

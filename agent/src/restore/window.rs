@@ -126,7 +126,9 @@ impl Window {
         if let Some(lost) = problems.iter().find(|problem| matches!(problem, FetchError::Lost { .. })) {
             restorer.issues.end(lost.to_string());
         }
-        let damaged = problems.iter().find(|problem| matches!(problem, FetchError::Damaged { .. }));
+        let damaged = problems
+            .iter()
+            .find(|problem| matches!(problem, FetchError::Damaged { .. } | FetchError::Unreadable { .. }));
         for (id, targets) in std::mem::take(&mut *self.wanted.lock()) {
             let named = problems.iter().find(|problem| problem.concerns(&id));
             let reason = match named.or(damaged) {

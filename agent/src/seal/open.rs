@@ -3,6 +3,7 @@
 //! Order of checks: form and limits, digest, repository, unwrapping, commitment, tag, decompression bound, chunk lengths,
 //! and at each access the chunk's id. No buffer is read after a failed check.
 
+use std::any::Any;
 use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::Arc;
@@ -77,7 +78,7 @@ impl Opener {
             rows.push(row?);
         }
         let ranges = chunk_ranges(&plaintext, rows.len())?;
-        Ok(OpenedBlock { keyset: keyset.clone(), kind: header.kind, digest, rows, plaintext, ranges })
+        Ok(OpenedBlock { keyset: keyset.clone(), kind: header.kind, digest, rows, plaintext, ranges, lease: None })
     }
 
     fn data_key(&self, algorithm: u8, wrapped: &[u8]) -> Result<DataKey, OpenError> {
@@ -143,6 +144,7 @@ pub struct OpenedBlock {
     rows: Vec<ChunkRow>,
     plaintext: Vec<u8>,
     ranges: Vec<Range<usize>>,
+    lease: Option<Box<dyn Any + Send + Sync>>,
 }
 
 /// One chunk whose content, kind and references are those that its id names.
@@ -163,6 +165,11 @@ impl std::fmt::Debug for OpenedBlock {
 }
 
 impl OpenedBlock {
+    /// Keeps `lease` until the block is dropped: whoever delivered the block learns so that it has been used.
+    pub fn keep(&mut self, lease: Box<dyn Any + Send + Sync>) {
+        self.lease = Some(lease);
+    }
+
     /// Data or tree.
     pub fn kind(&self) -> ChunkKind {
         self.kind

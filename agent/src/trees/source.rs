@@ -44,6 +44,14 @@ pub enum FetchError {
         /// What is wrong with it.
         reason: OpenError,
     },
+    /// The server holds them but cannot read them.
+    #[error("{reason}; everything else can be restored")]
+    Unreadable {
+        /// What the server says, naming pack and offset.
+        reason: String,
+        /// The chunks.
+        chunks: Vec<ChunkId>,
+    },
     /// The connection or the repository is gone.
     #[error(
         "the repository cannot be read any more: {reason}; what was restored so far is intact; run the command again"
@@ -58,7 +66,9 @@ impl FetchError {
     /// Whether the error names this chunk.
     pub fn concerns(&self, id: &ChunkId) -> bool {
         match self {
-            Self::Missing { chunks } | Self::Damaged { chunks, .. } => chunks.contains(id),
+            Self::Missing { chunks } | Self::Damaged { chunks, .. } | Self::Unreadable { chunks, .. } => {
+                chunks.contains(id)
+            }
             Self::Lost { .. } => true,
         }
     }

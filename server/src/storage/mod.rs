@@ -38,9 +38,7 @@ pub enum StorageError {
         source: FormatError,
     },
     /// A block on disk is not the block that was stored.
-    #[error(
-        "the block at offset {offset} of pack {pack:08x} is damaged: {source}; other blocks are intact, and the next backup of that data heals it"
-    )]
+    #[error("the block at offset {offset} of pack {pack:08x} is damaged: {source}; other blocks are intact")]
     Damaged {
         /// The pack's number.
         pack: u32,
