@@ -74,12 +74,11 @@ impl Rig {
         proxy: Option<Proxy>,
         variables: &[(&'static str, &str)],
     ) -> Result<Self> {
-        let (address, listen) = match &proxy {
-            Some(proxy) => (proxy.address(), SocketAddr::from((Ipv4Addr::LOCALHOST, 0))),
-            None => {
-                let address = free_address()?;
-                (address, address)
-            }
+        let (address, listen) = if let Some(proxy) = &proxy {
+            (proxy.address(), SocketAddr::from((Ipv4Addr::LOCALHOST, 0)))
+        } else {
+            let address = free_address()?;
+            (address, address)
         };
         let variables = variables.iter().map(|(name, value)| (*name, (*value).to_owned())).collect();
         let mut rig = Self { scratch, data, address, proxy, server: None, past: String::new(), variables };
@@ -142,7 +141,7 @@ impl Rig {
     /// Starts the server and waits until it listens.
     pub fn start_server(&mut self) -> Result<()> {
         let server = Process::spawn(&mut self.server_command(&["serve"])?)?;
-        let listening = server.wait_until_listening(Duration::from_secs(60))?;
+        let listening = server.wait_until_listening(Duration::from_mins(1))?;
         if let Some(proxy) = &self.proxy {
             proxy.set_upstream(listening);
         }
@@ -248,6 +247,7 @@ impl Agent {
     }
 
     /// The same machine with another repository.
+    #[must_use]
     pub fn at(&self, repository: &str) -> Self {
         Self { home: self.home.clone(), repository: repository.to_owned() }
     }

@@ -97,9 +97,11 @@ fn ensure_nothing_wrong(source: &Path, target: &Path) -> Result<usize> {
     }
     let restored = files_below(target)?;
     for path in &restored {
-        let name = path.strip_prefix(&root).with_context(|| format!("a file that was never saved: {path:?}"))?;
-        let expected = fs::read(source.join(name)).with_context(|| format!("a file that was never saved: {path:?}"))?;
-        ensure!(fs::read(path)? == expected, "wrong bytes were restored to {path:?}");
+        let name =
+            path.strip_prefix(&root).with_context(|| format!("a file that was never saved: {}", path.display()))?;
+        let expected =
+            fs::read(source.join(name)).with_context(|| format!("a file that was never saved: {}", path.display()))?;
+        ensure!(fs::read(path)? == expected, "wrong bytes were restored to {}", path.display());
     }
     Ok(restored.len())
 }
@@ -202,8 +204,8 @@ fn s38_what_may_not_be_read_is_named_and_everything_else_is_saved() -> Result<()
     random_files(&source, 39, 5, 1000)?;
     fs::create_dir(source.join("closed"))?;
     fs::write(source.join("closed/file"), "x")?;
-    fs::set_permissions(source.join("file-0002"), PermissionsExt::from_mode(0))?;
-    fs::set_permissions(source.join("closed"), PermissionsExt::from_mode(0))?;
+    fs::set_permissions(source.join("file-0002"), PermissionsExt::from_mode(0o000))?;
+    fs::set_permissions(source.join("closed"), PermissionsExt::from_mode(0o000))?;
 
     let mut command = agent.backup_command(&source, &[])?;
     if rustix::process::geteuid().is_root() {

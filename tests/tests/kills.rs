@@ -148,7 +148,8 @@ fn s32_two_machines_with_one_identity_at_the_same_time_do_not_mix() -> Result<()
         expected.extend([one, two]);
     }
     let mut found = original.snapshots()?;
-    (found.sort(), expected.sort());
+    found.sort();
+    expected.sort();
     ensure!(found == expected, "{found:?} instead of {expected:?}");
     rig.ensure_no_panic()
 }
@@ -168,9 +169,9 @@ fn s37_a_lost_catalog_and_index_are_made_anew_with_the_same_snapshots() -> Resul
     let before = reader.snapshots()?;
     for is_killed in [false, true] {
         if is_killed {
-            rig.kill_server()
+            rig.kill_server();
         } else {
-            rig.stop_server(Duration::from_secs(10))?
+            rig.stop_server(Duration::from_secs(10))?;
         }
         for entry in fs::read_dir(rig.data())? {
             let path = entry?.path();
