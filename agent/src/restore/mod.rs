@@ -11,7 +11,7 @@
 //! - A directory's attributes are set when the walk has left it and everything in it is finished.
 //! - What cannot be restored is recorded with its reason, and the rest goes on. Wrong bytes are never written.
 //!
-//! Memory: the tree cache, at most three windows' plans ([`TARGETS_MAX`] places each), and the blocks under way.
+//! Memory: the tree cache, at most three windows' plans (`TARGETS_MAX` places each), and the blocks under way.
 
 mod attributes;
 mod directories;

@@ -1,7 +1,7 @@
 //! The names of one directory in bytewise order, with memory that does not depend on how many there are.
 //!
 //! Up to a limit the names are sorted in memory. Beyond it, sorted runs go to an unlinked temporary file and are merged
-//! while they are consumed. Runs are read back through small buffers that share [`MERGE_BYTES`].
+//! while they are consumed. Runs are read back through small buffers that share `MERGE_BYTES`.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;

@@ -18,7 +18,7 @@ pub struct Peer {
     pub agent: AgentId,
 }
 
-/// To a stream: send this block. At most a few per stream are under way: the owner waits for [`StreamEvent::Written`].
+/// To a stream: send this block. At most a few per stream are under way: the owner waits for [`StreamFact::Written`].
 #[derive(Clone, Debug, Message)]
 #[rtype(result = "()")]
 pub struct SendBlock(pub BlockFrame);
