@@ -13,14 +13,14 @@ use actix::{Actor, ActorContext, Addr, Context, Handler};
 use parking_lot::Mutex;
 use strandline_actors::control_channel::{AskError, Dispatching};
 use strandline_actors::dispatcher::{
-    AbandonDispatch, CountBlocks, DispatchCounters, DispatchFailed, Dispatcher, FinishDispatch,
+    AbandonDispatch, CountBlocks, DispatchCounters, DispatchFailed, Dispatcher, FinishDispatch, LearnDurable,
 };
 use strandline_actors::runtime::budget::ByteBudget;
 use strandline_actors::runtime::clock;
 use strandline_messages::format::block::ChunkRow;
 use strandline_messages::format::manifest::{DetailsV1, Totals};
 use strandline_messages::format::repository::RepositoryV1;
-use strandline_messages::wire::{Commit, Committed, Message, SessionKind};
+use strandline_messages::wire::{Ack, Commit, Committed, Message, SessionKind};
 use strandline_messages::{ChunkKind, SnapshotId};
 use tokio::sync::Notify;
 
@@ -379,7 +379,14 @@ impl Run<'_> {
                 () = self.view.ended.notified() => return Err(JobError::Lost),
             };
             match answer {
-                Ok(Message::Committed(committed)) => return Ok(Some(committed)),
+                Ok(Message::Committed(committed)) => {
+                    // A commit is the acknowledgement of every block: those on the streams may have been lost with them, and
+                    // no stream can join an ended session to hear them again.
+                    let everything = Ack { watermark: blocks, ranges: Vec::new() };
+                    // The dispatcher ends with this run.
+                    let _ = self.dispatcher.send(LearnDurable(everything)).await;
+                    return Ok(Some(committed));
+                }
                 Ok(Message::MissingChunks(_)) => return Ok(None),
                 Ok(other) => {
                     return Err(ClientError::Answer { found: other.name(), expected: "Committed" }.into());

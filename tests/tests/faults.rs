@@ -117,6 +117,32 @@ fn s21_a_control_connection_that_stalls_without_a_word_is_given_up_and_the_run_e
 }
 
 #[test]
+fn s06_acknowledgements_that_are_lost_with_every_stream_do_not_keep_a_committed_run_waiting() -> Result<()> {
+    let rig = Rig::proxied()?;
+    let writer = rig.owner("writer")?;
+    let cut =
+        |connection, direction, after_bytes, fault| Cut { connection: Some(connection), direction, after_bytes, fault };
+    // The data gets through and the answers do not: the server commits what no stream could acknowledge.
+    let cuts = vec![
+        cut(1, Direction::ToServer, 2_916, Fault::Reset),
+        cut(2, Direction::ToClient, 2_688, Fault::Finish),
+        cut(3, Direction::ToServer, 4_401, Fault::Finish),
+        cut(4, Direction::ToClient, 1_788, Fault::Finish),
+        cut(5, Direction::ToServer, 4_885, Fault::Reset),
+    ];
+    for round in 0..if is_long() { 200 } else { 12 } {
+        let source = rig.scratch().join(format!("source-{round}"));
+        random_files(&source, 90_000 + round, 20, 400 << 10)?;
+        rig.plan(Plan { cuts: cuts.clone(), ..Plan::default() })?;
+        let mut backup = writer.start_backup(&source, &["--streams", "4", "-v"])?;
+        let status = backup.wait(Duration::from_secs(30))?;
+        ensure!(status.is_some_and(|status| status.success()), "round {round}: {status:?}:\n{}", backup.output());
+        fs::remove_dir_all(&source)?;
+    }
+    rig.ensure_no_panic()
+}
+
+#[test]
 fn s06_the_control_connection_dies_around_the_commit_and_there_is_exactly_one_snapshot() -> Result<()> {
     let rig = Rig::proxied()?;
     let writer = rig.owner("writer")?;
