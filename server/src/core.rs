@@ -33,8 +33,8 @@ const DRAIN_MAX: Duration = Duration::from_secs(7);
 /// How long control connections may take to close after that.
 const CLOSE_MAX: Duration = Duration::from_secs(2);
 
-/// First credit of a restore session, bytes: three maximal blocks, and what a fast link holds under way.
-pub const CREDIT_BYTES: u64 = 16 << 20;
+/// First credit of a restore session, bytes: more than one maximal block. Opened blocks are several times as large.
+pub const CREDIT_BYTES: u64 = 8 << 20;
 
 /// Limits of the sessions of one server.
 #[derive(Clone, Debug)]
