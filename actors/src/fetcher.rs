@@ -28,6 +28,9 @@ const TICK: Duration = Duration::from_millis(100);
 /// After a lost stream: how long nothing may arrive before what is missing is asked for again.
 const QUIET: Duration = Duration::from_secs(2);
 
+/// How often one lost stream may cost a maximal block of credit: more than a socket's buffers hold.
+const REGRANTS_PER_LOSS: u64 = 4;
+
 /// Takes a request's blocks as they come. Must not block: credit bounds how many can wait.
 pub type BlockTaker = Box<dyn FnMut(Bytes) + Send>;
 
@@ -76,6 +79,8 @@ pub struct Fetcher {
     started: bool,
     /// Streams lost so far: a request that is not answered in full is asked again only after a loss.
     losses: u64,
+    /// How often credit that was lost with streams has been granted anew.
+    regrants: u64,
     finishing: Vec<oneshot::Sender<()>>,
 }
 
@@ -90,6 +95,7 @@ impl Fetcher {
             owed: 0,
             started: false,
             losses: 0,
+            regrants: 0,
             finishing: Vec::new(),
         }
     }
@@ -163,12 +169,29 @@ impl Fetcher {
         }
     }
 
+    /// Blocks that were lost with a stream took their credit with them; without credit the server cannot finish what was
+    /// asked. After a loss, each quiet spell grants one maximal block anew, a few times per lost stream.
+    fn grant_lost_credit(&mut self) {
+        let now = clock::now();
+        let starved = |request: &Request| {
+            request.done.is_none() && now.saturating_duration_since(request.heard) >= QUIET
+        };
+        if self.regrants < REGRANTS_PER_LOSS * self.losses && self.requests.values().any(starved) {
+            self.regrants += 1;
+            self.owed += limits::BLOCK_BYTES_MAX as u64;
+            for request in self.requests.values_mut() {
+                request.heard = now;
+            }
+        }
+    }
+
     /// Asks again for what was on streams that died.
     fn ask_again(&mut self, ctx: &mut Context<Self>) {
         let now = clock::now();
         if self.losses == 0 {
             return;
         }
+        self.grant_lost_credit();
         let stuck = |request: &Request| request.done.is_some() && now.saturating_duration_since(request.heard) >= QUIET;
         let numbers: Vec<_> =
             self.requests.iter().filter(|(_, request)| stuck(request)).map(|(number, _)| *number).collect();
