@@ -396,6 +396,12 @@ pub fn free_address() -> Result<SocketAddr> {
     anyhow::bail!("no free port from {FIRST_PORT} on")
 }
 
+/// Says that a test could not be run here, and why. Not `println!`, which the test runner hides when a test passes.
+pub fn not_run(reason: &str) {
+    // There is nowhere else to say it.
+    let _ = std::io::Write::write_all(&mut std::io::stderr(), format!("NOT RUN: {reason}\n").as_bytes());
+}
+
 /// Whether the long campaigns are wanted (`STRAND_LONG=1`, set by `tests/run --long`).
 pub fn is_long() -> bool {
     std::env::var_os("STRAND_LONG").is_some_and(|value| value == "1")

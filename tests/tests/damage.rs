@@ -8,7 +8,7 @@ use std::process::Command;
 use anyhow::{Context, Result, ensure};
 use strandline_tests::process::{self, Process};
 use strandline_tests::random::Random;
-use strandline_tests::rig::{Agent, PATIENCE, Rig, is_long, random_files};
+use strandline_tests::rig::{Agent, PATIENCE, Rig, is_long, not_run, random_files};
 
 /// A file system in memory with a limit; unmounted when dropped.
 struct SmallDisk(PathBuf);
@@ -22,7 +22,7 @@ impl SmallDisk {
         if status.as_ref().is_ok_and(|output| output.status.success()) {
             return Ok(Some(Self(at.to_owned())));
         }
-        println!("NOT RUN: a small file system cannot be mounted here ({status:?})");
+        not_run(&format!("a small file system cannot be mounted here ({status:?})"));
         Ok(None)
     }
 
@@ -163,7 +163,7 @@ fn ensure_tells_of(said: &str, names: &[&str]) -> Result<()> {
 }
 
 #[test]
-fn s38_files_that_vanish_shrink_or_turn_into_links_are_told_and_everything_else_is_saved() -> Result<()> {
+fn s38_files_that_vanish_or_turn_into_links_are_told_and_everything_else_is_saved() -> Result<()> {
     let rig = Rig::proxied()?;
     let writer = rig.owner("writer")?;
     let source = rig.scratch().join("source");
@@ -224,7 +224,7 @@ fn s38_what_may_not_be_read_is_named_and_everything_else_is_saved() -> Result<()
             .ancestors()
             .all(|directory| directory.metadata().is_ok_and(|metadata| metadata.permissions().mode() & 0o001 != 0));
         if found.is_err() || !reachable {
-            println!("NOT RUN: no setpriv, or another user cannot reach the program");
+            not_run("no setpriv, or another user cannot reach the program");
             return Ok(());
         }
         command = lowered;

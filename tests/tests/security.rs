@@ -10,7 +10,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use strandline_tests::process::Finished;
 use strandline_tests::proxy::Direction;
-use strandline_tests::rig::{Agent, PATIENCE, Rig, random_files};
+use strandline_tests::rig::{Agent, PATIENCE, Rig, not_run, random_files};
 
 /// A refusal: code 1, and `words` on standard error.
 fn ensure_refused(finished: Finished, words: &str) -> Result<()> {
@@ -145,7 +145,7 @@ fn openssl(address: SocketAddr, options: &[&str]) -> Result<String> {
 #[test]
 fn s41_s47_old_tls_no_protocol_name_and_no_certificate_are_refused() -> Result<()> {
     if Command::new("openssl").arg("version").output().is_err() {
-        println!("NOT RUN: there is no openssl");
+        not_run("there is no openssl");
         return Ok(());
     }
     let mut rig = Rig::direct()?;
