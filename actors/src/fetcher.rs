@@ -173,9 +173,8 @@ impl Fetcher {
     /// asked. After a loss, each quiet spell grants one maximal block anew, a few times per lost stream.
     fn grant_lost_credit(&mut self) {
         let now = clock::now();
-        let starved = |request: &Request| {
-            request.done.is_none() && now.saturating_duration_since(request.heard) >= QUIET
-        };
+        let starved =
+            |request: &Request| request.done.is_none() && now.saturating_duration_since(request.heard) >= QUIET;
         if self.regrants < REGRANTS_PER_LOSS * self.losses && self.requests.values().any(starved) {
             self.regrants += 1;
             self.owed += limits::BLOCK_BYTES_MAX as u64;
