@@ -42,6 +42,14 @@ pub type SessionOpener = Arc<dyn Fn(&[u8; 32], Option<SessionId>) -> OpenSession
 #[rtype(result = "Result<Message, AskError>")]
 pub struct AskServer(pub Message);
 
+/// Ask the server for something that must be proved on the connection that it is asked on.
+#[derive(actix::Message)]
+#[rtype(result = "Result<Message, AskError>")]
+pub struct AskProved(pub Prover);
+
+/// Makes a request for a server's nonce.
+pub type Prover = Arc<dyn Fn(&[u8; 32]) -> Message + Send + Sync>;
+
 /// Open a session and keep it alive across connections.
 #[derive(actix::Message)]
 #[rtype(result = "Result<SessionOpened, AskError>")]
@@ -97,8 +105,24 @@ pub enum AskError {
     Closed,
 }
 
+/// A request, or what makes it anew for each connection.
+#[derive(Clone)]
+enum Request {
+    Fixed(Message),
+    Proved(Prover),
+}
+
+impl Request {
+    fn on(&self, nonce: &[u8; 32]) -> Message {
+        match self {
+            Self::Fixed(message) => message.clone(),
+            Self::Proved(prover) => prover(nonce),
+        }
+    }
+}
+
 struct Pending {
-    message: Message,
+    request: Request,
     reply: oneshot::Sender<Result<Message, AskError>>,
 }
 
@@ -173,6 +197,19 @@ impl ControlChannel {
         }
     }
 
+    fn request(&mut self, request: Request, ctx: &mut Context<Self>) -> ResponseFuture<Result<Message, AskError>> {
+        if let Some(fault) = &self.fault {
+            return std::future::ready(Err(fault.clone())).boxed_local();
+        }
+        let (reply, answer) = oneshot::channel();
+        let tag = self.tag();
+        if self.ready {
+            self.send(tag, &request.on(&self.nonce), ctx);
+        }
+        self.pending.insert(tag, Pending { request, reply });
+        async move { answer.await.unwrap_or(Err(AskError::Closed)) }.boxed_local()
+    }
+
     fn connect(&mut self, ctx: &mut Context<Self>) {
         let connector = Arc::clone(&self.connector);
         let connecting = async move { open(connector.as_ref(), None, Purpose::Control).await };
@@ -212,7 +249,7 @@ impl ControlChannel {
             let (tag, request) = (*tag, (attachment.opener)(&self.nonce, None));
             self.send(tag, &Message::OpenSession(request), ctx);
         }
-        let again: Vec<_> = self.pending.iter().map(|(tag, pending)| (*tag, pending.message.clone())).collect();
+        let again: Vec<_> = self.pending.iter().map(|(tag, pending)| (*tag, pending.request.on(&self.nonce))).collect();
         for (tag, message) in again {
             self.send(tag, &message, ctx);
         }
@@ -277,7 +314,7 @@ impl ControlChannel {
         match (message, self.pending.contains_key(&tag)) {
             (Message::Defer(defer), true) => {
                 ctx.run_later(Duration::from_millis(defer.milliseconds), move |channel, ctx| {
-                    if let Some(message) = channel.pending.get(&tag).map(|pending| pending.message.clone())
+                    if let Some(message) = channel.pending.get(&tag).map(|pending| pending.request.on(&channel.nonce))
                         && channel.ready
                     {
                         channel.send(tag, &message, ctx);
@@ -399,7 +436,7 @@ impl ControlChannel {
     }
 
     fn settle_commits(&mut self, answer: &Result<Message, AskError>) {
-        let is_commit = |(_, pending): &(&Tag, &Pending)| matches!(pending.message, Message::Commit(_));
+        let is_commit = |(_, pending): &(&Tag, &Pending)| matches!(pending.request, Request::Fixed(Message::Commit(_)));
         let tags: Vec<_> = self.pending.iter().filter(is_commit).map(|(tag, _)| *tag).collect();
         for tag in tags {
             if let Some(pending) = self.pending.remove(&tag) {
@@ -453,16 +490,15 @@ impl Handler<AskServer> for ControlChannel {
         if let (Message::Commit(_), Some(committed)) = (&message, committed) {
             return std::future::ready(Ok(Message::Committed(committed))).boxed_local();
         }
-        if let Some(fault) = &self.fault {
-            return std::future::ready(Err(fault.clone())).boxed_local();
-        }
-        let (reply, answer) = oneshot::channel();
-        let tag = self.tag();
-        if self.ready {
-            self.send(tag, &message, ctx);
-        }
-        self.pending.insert(tag, Pending { message, reply });
-        async move { answer.await.unwrap_or(Err(AskError::Closed)) }.boxed_local()
+        self.request(Request::Fixed(message), ctx)
+    }
+}
+
+impl Handler<AskProved> for ControlChannel {
+    type Result = ResponseFuture<Result<Message, AskError>>;
+
+    fn handle(&mut self, AskProved(prover): AskProved, ctx: &mut Context<Self>) -> Self::Result {
+        self.request(Request::Proved(prover), ctx)
     }
 }
 

@@ -199,7 +199,7 @@ impl ControlHost {
         if !self.begin(tag, ctx) {
             return;
         }
-        let answering = self.host.answer(self.peer.clone(), request);
+        let answering = self.host.answer(self.peer.clone(), request, self.nonce);
         ctx.spawn(answering.into_actor(self).map(move |answer, control, ctx| {
             control.finish(tag, &answer.unwrap_or_else(Message::Refused), ctx);
         }));

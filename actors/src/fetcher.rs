@@ -10,12 +10,12 @@ use std::time::{Duration, Instant};
 use actix::{Actor, ActorFutureExt, Addr, AsyncContext, Context, Handler, ResponseFuture, WrapFuture};
 use bytes::Bytes;
 use futures_util::FutureExt;
-use strandline_messages::ChunkId;
 use strandline_messages::limits;
 use strandline_messages::mail::{StreamEvent, StreamFact};
 use strandline_messages::wire::{
     BlockFrame, Credit, FetchChunks, FetchDone, Message, RefusalCode, Refused, join_ids, split_ids,
 };
+use strandline_messages::{ChunkId, SnapshotId};
 use tokio::sync::oneshot;
 use tracing::{debug, warn};
 
@@ -38,6 +38,8 @@ pub type BlockTaker = Box<dyn FnMut(Bytes) + Send>;
 #[derive(actix::Message)]
 #[rtype(result = "Result<Fetched, AskError>")]
 pub struct FetchBlocks {
+    /// The snapshot that needs them; `None`: whatever the session's own writer domain has.
+    pub snapshot: Option<SnapshotId>,
     /// Wanted ids in the order in which they are needed, at most `limits::FETCH_IDS_MAX`.
     pub ids: Vec<ChunkId>,
     /// Takes the blocks; the same block may come twice after a lost connection.
@@ -59,6 +61,7 @@ pub struct Fetched {
 pub struct BlockUsed(pub u64);
 
 struct Request {
+    snapshot: Option<SnapshotId>,
     ids: Vec<ChunkId>,
     taker: BlockTaker,
     reply: oneshot::Sender<Result<Fetched, AskError>>,
@@ -100,9 +103,10 @@ impl Fetcher {
         }
     }
 
-    fn ask(&mut self, number: u32, ids: &[ChunkId], ctx: &mut Context<Self>) {
+    fn ask(&mut self, number: u32, snapshot: Option<SnapshotId>, ids: &[ChunkId], ctx: &mut Context<Self>) {
         self.wake(ctx);
-        let fetch = Message::FetchChunks(FetchChunks { request: number, ids: join_ids(ids) });
+        let snapshot = snapshot.unwrap_or(SnapshotId([0; 32]));
+        let fetch = Message::FetchChunks(FetchChunks { request: number, snapshot, ids: join_ids(ids) });
         let asking = self.control.send(AskServer(fetch));
         ctx.spawn(asking.into_actor(self).map(move |answer, fetcher, _| match answer {
             Ok(Ok(Message::FetchDone(done))) => fetcher.done(number, done),
@@ -201,10 +205,10 @@ impl Fetcher {
             self.owed += lost;
             self.next_request = self.next_request.wrapping_add(1);
             let again = self.next_request;
-            let ids = request.ids.clone();
+            let (snapshot, ids) = (request.snapshot, request.ids.clone());
             self.requests.insert(again, Request { arrived: 0, cost: 0, done: None, heard: now, ..request });
             self.pay(1);
-            self.ask(again, &ids, ctx);
+            self.ask(again, snapshot, &ids, ctx);
         }
     }
 
@@ -275,13 +279,14 @@ impl Handler<DispatchFailed> for Fetcher {
 impl Handler<FetchBlocks> for Fetcher {
     type Result = ResponseFuture<Result<Fetched, AskError>>;
 
-    fn handle(&mut self, FetchBlocks { ids, taker }: FetchBlocks, ctx: &mut Context<Self>) -> Self::Result {
+    fn handle(&mut self, FetchBlocks { snapshot, ids, taker }: FetchBlocks, ctx: &mut Context<Self>) -> Self::Result {
         self.next_request = self.next_request.wrapping_add(1);
         let number = self.next_request;
         let (reply, answer) = oneshot::channel();
-        let request = Request { ids: ids.clone(), taker, reply, arrived: 0, cost: 0, done: None, heard: clock::now() };
+        let (ids_kept, heard) = (ids.clone(), clock::now());
+        let request = Request { snapshot, ids: ids_kept, taker, reply, arrived: 0, cost: 0, done: None, heard };
         self.requests.insert(number, request);
-        self.ask(number, &ids, ctx);
+        self.ask(number, snapshot, &ids, ctx);
         async move { answer.await.unwrap_or(Err(AskError::Closed)) }.boxed_local()
     }
 }

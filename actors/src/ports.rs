@@ -71,8 +71,13 @@ pub trait SessionStore: Send + Sync + 'static {
     fn commit(&self, manifest: Bytes) -> BoxFuture<'static, Result<CommitOutcome, StoreFault>>;
     /// Records the terminal state and ends the lease.
     fn end(&self, terminal: Terminal, reason: String) -> BoxFuture<'static, Result<(), StoreFault>>;
-    /// Where copies of these chunks are.
-    fn locate(&self, ids: Vec<ChunkId>) -> BoxFuture<'static, Result<Vec<Option<BlockPlace>>, StoreFault>>;
+    /// Where copies of these chunks are, in the writer domain of `snapshot`, which is kept from now on as long as the session
+    /// lasts; `None`: in the session's own domain.
+    fn locate(
+        &self,
+        snapshot: Option<SnapshotId>,
+        ids: Vec<ChunkId>,
+    ) -> BoxFuture<'static, Result<Vec<Option<BlockPlace>>, StoreFault>>;
     /// A block's bytes, its digest verified.
     fn read(&self, place: BlockPlace) -> BoxFuture<'static, Result<Bytes, StoreFault>>;
 }
@@ -103,8 +108,8 @@ pub trait Host: Send + Sync + 'static {
         request: OpenSession,
         nonce: [u8; 32],
     ) -> BoxFuture<'static, Result<Opening, Refused>>;
-    /// Answers a request that needs no session (repositories, snapshots, status). `None`: not such a request.
-    fn answer(&self, peer: Peer, request: Message) -> BoxFuture<'static, Result<Message, Refused>>;
+    /// Answers a request that needs no session (repositories, snapshots, status, management). `nonce`: as in [`Host::open`].
+    fn answer(&self, peer: Peer, request: Message, nonce: [u8; 32]) -> BoxFuture<'static, Result<Message, Refused>>;
     /// Fresh random bytes.
     fn random(&self) -> [u8; 32];
 }

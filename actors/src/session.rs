@@ -299,8 +299,8 @@ impl Session {
             (SessionKind::Backup, Message::Commit(commit)) => self.commit(commit, ctx),
             (SessionKind::Restore, Message::FetchChunks(fetch)) => self.fetch(&fetch, ctx),
             (_, Message::AbortSession(abort)) => {
-                // A restore that was finished ends in good order; it says so with an empty reason.
-                let finished = self.seed.kind == SessionKind::Restore && abort.reason.is_empty();
+                // What makes no snapshot ends in good order when it is finished; it says so with an empty reason.
+                let finished = self.seed.kind != SessionKind::Backup && abort.reason.is_empty();
                 self.feed(if finished { Input::Finish } else { Input::Abort(abort.reason) }, ctx);
                 std::future::ready(Message::SessionAborted).boxed_local()
             }
@@ -345,7 +345,8 @@ impl Session {
         };
         let (sender, receiver) = oneshot::channel();
         let request = fetch.request;
-        let locating = self.seed.store.locate(ids.clone());
+        let snapshot = Some(fetch.snapshot).filter(|snapshot| *snapshot != SnapshotId([0; 32]));
+        let locating = self.seed.store.locate(snapshot, ids.clone());
         ctx.spawn(locating.into_actor(self).map(move |places, session, ctx| match places {
             Ok(places) => {
                 let wanted: Vec<_> = ids.into_iter().zip(places).collect();
@@ -397,7 +398,7 @@ impl Actor for Session {
     type Context = Context<Self>;
 
     fn started(&mut self, ctx: &mut Context<Self>) {
-        if self.seed.kind == SessionKind::Backup {
+        if self.seed.kind != SessionKind::Restore {
             let (moved, holes) = (ctx.address().recipient(), ctx.address().recipient());
             self.tracker = Some(GapTracker::new(Arc::clone(&self.watermark), moved, holes).start());
         }

@@ -161,7 +161,7 @@ impl SessionRegistry {
             token,
             incarnation,
             window_bytes: match kind {
-                SessionKind::Backup => self.settings.window_bytes,
+                SessionKind::Backup | SessionKind::Repack => self.settings.window_bytes,
                 SessionKind::Restore => self.settings.credit_bytes,
             },
             max_streams: self.settings.max_streams,

@@ -95,3 +95,11 @@ pub const STATUS_ROWS_MAX: usize = 1024;
 pub const CERTIFICATE_BYTES_MAX: usize = 16 << 10;
 /// Longest enrolment secret, bytes.
 pub const TOKEN_BYTES_MAX: usize = 512;
+/// Most snapshots in one operation.
+pub const MANAGED_SNAPSHOTS_MAX: usize = 1024;
+/// Most blocks in one operation.
+pub const MANAGED_BLOCKS_MAX: usize = 8192;
+/// Most partly dead blocks in one answer.
+pub const PARTLY_DEAD_MAX: usize = 256;
+/// Most damaged blocks, and most affected snapshots, that a report names.
+pub const DAMAGE_ROWS_MAX: usize = 1024;

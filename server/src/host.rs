@@ -21,10 +21,10 @@ use strandline_messages::format::repository::RepositoryV1;
 use strandline_messages::identity::{Identity, Role};
 use strandline_messages::mail::Peer;
 use strandline_messages::wire::{
-    CreateRepository, DescribeRepository, Enrolled, ListSnapshots, ListedSnapshot, Message, OpenSession, RefusalCode,
-    Refused, Renew, RepositoryDescribed, RepositoryStatus, SessionKind, SnapshotsListed, StatusReported,
+    CreateRepository, DescribeRepository, Enrolled, KeepingRules, ListSnapshots, ListedSnapshot, Message, OpenSession,
+    RefusalCode, Refused, Renew, RepositoryDescribed, RepositoryStatus, SessionKind, SnapshotsListed, StatusReported,
 };
-use strandline_messages::{ChunkId, Durable, Sequence, SessionId, limits};
+use strandline_messages::{ChunkId, Durable, Sequence, SessionId, SnapshotId, limits};
 
 use crate::engine::{self, BlockAddress, Engine, EngineError, Lease, Opened, Repository, SessionEnd, StoreError};
 use crate::pki::Authority;
@@ -79,7 +79,7 @@ impl Host for EngineHost {
                 .map_err(|error| refusal(&error))?;
             match opened {
                 Opened::Fresh(lease) => {
-                    Ok(Opening::Granted { store: Arc::new(LeasedRepository { repository, lease }) })
+                    Ok(Opening::Granted { store: Arc::new(LeasedRepository { repository, lease, kind: request.kind }) })
                 }
                 Opened::AlreadyCommitted { receipt } => {
                     let snapshot = ReceiptV1::decode(&receipt)
@@ -92,7 +92,7 @@ impl Host for EngineHost {
         .boxed()
     }
 
-    fn answer(&self, peer: Peer, request: Message) -> BoxFuture<'static, Result<Message, Refused>> {
+    fn answer(&self, peer: Peer, request: Message, _nonce: [u8; 32]) -> BoxFuture<'static, Result<Message, Refused>> {
         let engine = Arc::clone(&self.engine);
         let renewer = self.renewer.load_full();
         let status = StatusQuestion { started: self.started, registry: self.registry.load_full() };
@@ -154,6 +154,7 @@ async fn describe(engine: &Engine, peer: &Peer, request: &DescribeRepository) ->
     Ok(Message::RepositoryDescribed(RepositoryDescribed {
         file: repository.file().encode().into(),
         slots: slots.into_iter().map(Into::into).collect(),
+        keeping: KeepingRules { undelete_s: 7 * 86_400, min_retention_s: 0, agents_may_delete: true },
     }))
 }
 
@@ -179,7 +180,14 @@ async fn list(engine: &Engine, peer: &Peer, request: &ListSnapshots) -> Result<M
         let size = manifest.len() + receipt.len() + 64;
         let Some(left) = room.checked_sub(size) else { break };
         room = left;
-        snapshots.push(ListedSnapshot { order, manifest: manifest.into(), receipt: receipt.into() });
+        snapshots.push(ListedSnapshot {
+            order,
+            manifest: manifest.into(),
+            receipt: receipt.into(),
+            tags: None,
+            protected: false,
+            deletion: None,
+        });
     }
     Ok(Message::SnapshotsListed(SnapshotsListed { snapshots }))
 }
@@ -199,7 +207,12 @@ impl StatusQuestion {
             repositories.push(RepositoryStatus {
                 name: file.name,
                 snapshots: totals.snapshots,
+                deleted: 0,
                 stored_bytes: totals.stored_bytes,
+                condemned_bytes: 0,
+                blocks: totals.blocks,
+                chunks: totals.chunks,
+                damaged_blocks: 0,
             });
         }
         let seen = match &self.registry {
@@ -240,6 +253,7 @@ fn verified_writer(
     let allowed = match request.kind {
         SessionKind::Backup => writer.capability != Capability::Read,
         SessionKind::Restore => writer.capability != Capability::Write,
+        SessionKind::Repack => writer.capability == Capability::Full,
     };
     if allowed { Ok(writer) } else { Err(denied("the key's capability does not include this")) }
 }
@@ -262,6 +276,7 @@ fn refusal(error: &EngineError) -> Refused {
 struct LeasedRepository {
     repository: Arc<Repository>,
     lease: Lease,
+    kind: SessionKind,
 }
 
 fn fault(error: &EngineError) -> StoreFault {
@@ -276,8 +291,14 @@ impl SessionStore for LeasedRepository {
 
     fn store(&self, sequence: Sequence, block: Bytes) -> BoxFuture<'static, Result<Durable<Sequence>, StoreFault>> {
         let (repository, lease) = (Arc::clone(&self.repository), self.lease.clone());
+        let again = self.kind == SessionKind::Repack;
         async move {
-            repository.store(&lease, sequence, block).await.map_err(|error| match error {
+            let stored = if again {
+                repository.store_again(&lease, sequence, block).await
+            } else {
+                repository.store(&lease, sequence, block).await
+            };
+            stored.map_err(|error| match error {
                 StoreError::Refused(_) | StoreError::Foreign { .. } => StoreFault::BadBlock(error.to_string()),
                 StoreError::Full { .. } => StoreFault::Full(error.to_string()),
                 other => StoreFault::Failed(other.to_string()),
@@ -317,9 +338,17 @@ impl SessionStore for LeasedRepository {
         async move { repository.end_session(&lease, end, &reason).await.map_err(|error| fault(&error)) }.boxed()
     }
 
-    fn locate(&self, ids: Vec<ChunkId>) -> BoxFuture<'static, Result<Vec<Option<BlockPlace>>, StoreFault>> {
-        let (repository, domain) = (Arc::clone(&self.repository), self.lease.domain);
+    fn locate(
+        &self,
+        snapshot: Option<SnapshotId>,
+        ids: Vec<ChunkId>,
+    ) -> BoxFuture<'static, Result<Vec<Option<BlockPlace>>, StoreFault>> {
+        let (repository, lease) = (Arc::clone(&self.repository), self.lease.clone());
         async move {
+            let domain = match snapshot {
+                None => lease.domain,
+                Some(snapshot) => repository.domain_of(snapshot).await.map_err(|error| fault(&error))?,
+            };
             let found = repository.locate(domain, &ids).await.map_err(|error| fault(&error))?;
             let place =
                 |address: BlockAddress| BlockPlace { pack: address.pack, offset: address.offset, bytes: address.bytes };

@@ -101,6 +101,7 @@ impl ServerState for Serving {
             kind: match view.kind {
                 SessionKind::Backup => "backup".to_owned(),
                 SessionKind::Restore => "restore".to_owned(),
+                SessionKind::Repack => "repack".to_owned(),
             },
             tenant: view.peer.tenant.to_string(),
             repository: view.status.repository.to_string(),

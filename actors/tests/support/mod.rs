@@ -86,7 +86,11 @@ impl SessionStore for MemoryStore {
         async { Ok(()) }.boxed()
     }
 
-    fn locate(&self, ids: Vec<ChunkId>) -> BoxFuture<'static, Result<Vec<Option<BlockPlace>>, StoreFault>> {
+    fn locate(
+        &self,
+        _: Option<SnapshotId>,
+        ids: Vec<ChunkId>,
+    ) -> BoxFuture<'static, Result<Vec<Option<BlockPlace>>, StoreFault>> {
         async move { Ok(vec![None; ids.len()]) }.boxed()
     }
 
@@ -116,7 +120,7 @@ impl Host for MemoryHost {
         async move { Ok(Opening::Granted { store: Arc::new(MemoryStore { session, kept }) }) }.boxed()
     }
 
-    fn answer(&self, _peer: Peer, _request: Message) -> BoxFuture<'static, Result<Message, Refused>> {
+    fn answer(&self, _peer: Peer, _request: Message, _: [u8; 32]) -> BoxFuture<'static, Result<Message, Refused>> {
         async { Ok(Message::RepositoryCreated) }.boxed()
     }
 

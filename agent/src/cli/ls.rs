@@ -46,7 +46,7 @@ async fn list(global: &Global, opened: &Opened, ls: &Ls) -> anyhow::Result<u64> 
     let (wanted, path) = selector::split(&ls.snapshot);
     let snapshot = selector::one(opened, wanted).await?;
     let reading = Reading::open(opened, STREAMS).await?;
-    let reader = TreeReader::new(reading.source(), CACHE_BYTES);
+    let reader = TreeReader::new(reading.source(snapshot.id), CACHE_BYTES);
     let (json, long) = (global.json, ls.long);
     let walking = tokio::task::spawn_blocking(move || walk(&reader, snapshot.manifest.root, &path, json, long)).await;
     reading.close(opened, "").await;

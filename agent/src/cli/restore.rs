@@ -65,7 +65,7 @@ async fn restore_one(global: &Global, opened: &Opened, wanted: Restore, streams:
         let (totals, progress, target) = (snapshot.clone(), Arc::clone(&options.progress), wanted.target.clone());
         Arc::new(move || look(&totals, &progress, &target))
     };
-    let (source, keyset) = (reading.source(), Arc::clone(&opened.keyset));
+    let (source, keyset) = (reading.source(snapshot.id), Arc::clone(&opened.keyset));
     let working = tokio::task::spawn_blocking(move || restore(source, &keyset, snapshot.manifest.root, &options));
     let stopping = stop_on_signal(cancel)?;
     let restored = tokio::select! {

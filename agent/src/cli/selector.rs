@@ -3,6 +3,7 @@
 use anyhow::{anyhow, bail};
 use strandline_messages::SnapshotId;
 use strandline_messages::format::manifest::{DetailsV1, ManifestV1, snapshot_id};
+use strandline_messages::wire::manage::Deletion;
 
 use super::repository::Opened;
 use crate::keys::Keyset;
@@ -22,19 +23,50 @@ pub struct Snapshot {
     pub manifest: ManifestV1,
     /// What only key holders may read.
     pub details: DetailsV1,
+    /// Its tags: the manifest's, or those that a holder of the full capability has put in their place.
+    pub tags: Vec<String>,
+    /// Nobody can delete it.
+    pub protected: bool,
+    /// That it was deleted.
+    pub deletion: Option<Deletion>,
 }
 
 /// All snapshots, oldest first. One that cannot be verified is reported and left out.
 pub async fn all(opened: &Opened) -> anyhow::Result<Vec<Snapshot>> {
-    let listed = opened.server.client.snapshots(&opened.server.name).await?;
-    Ok(listed.into_iter().filter_map(|listing| verified(&opened.keyset, &listing)).collect())
+    listed(opened, false).await
 }
 
-fn verified(keyset: &Keyset, listing: &SnapshotListing) -> Option<Snapshot> {
+/// The deleted snapshots that can still be brought back, oldest first.
+pub async fn deleted(opened: &Opened) -> anyhow::Result<Vec<Snapshot>> {
+    listed(opened, true).await
+}
+
+async fn listed(opened: &Opened, deleted: bool) -> anyhow::Result<Vec<Snapshot>> {
+    let listed = opened.server.client.snapshots(&opened.server.name, deleted).await?;
+    Ok(listed.into_iter().filter_map(|listing| verified(&opened.keyset, listing)).collect())
+}
+
+fn verified(keyset: &Keyset, listing: SnapshotListing) -> Option<Snapshot> {
     let id = snapshot_id(&listing.manifest);
     match open_manifest(keyset, &listing.manifest) {
         Ok((manifest, details)) => {
-            Some(Snapshot { id, order: listing.order, committed_ns: listing.receipt.committed_ns, manifest, details })
+            let replaced = listing.tags.filter(|tags| {
+                let genuine = keyset.verify_snapshot_tags(tags) && tags.snapshot == id;
+                if !genuine {
+                    tracing::error!(snapshot = %id.short(), "changed tags are not signed by a full key and are ignored");
+                }
+                genuine
+            });
+            Some(Snapshot {
+                id,
+                order: listing.order,
+                committed_ns: listing.receipt.committed_ns,
+                tags: replaced.map_or_else(|| manifest.tags.clone(), |tags| tags.tags),
+                manifest,
+                details,
+                protected: listing.protected,
+                deletion: listing.deletion,
+            })
         }
         Err(error) => {
             tracing::error!(snapshot = %id.short(), %error, "a snapshot cannot be trusted and is left out; others are intact");

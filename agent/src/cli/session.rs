@@ -6,10 +6,11 @@ use actix::Addr;
 use strandline_actors::control_channel::Dispatching;
 use strandline_actors::dispatcher::{DispatchFailed, FinishDispatch, LearnDurable, SendAgain};
 use strandline_actors::fetcher::Fetcher;
+use strandline_messages::SnapshotId;
 use strandline_messages::wire::SessionKind;
 
 use super::repository::Opened;
-use crate::net::{NetworkSource, SessionSettings};
+use crate::net::{BlockSource, NetworkSource, SessionSettings};
 use crate::trees::ChunkSource;
 
 /// Streams of a session that reads, if nothing else is said.
@@ -18,7 +19,7 @@ pub const STREAMS: u16 = 4;
 /// See the module.
 pub struct Reading {
     fetcher: Addr<Fetcher>,
-    source: Arc<NetworkSource>,
+    blocks: Arc<BlockSource>,
 }
 
 impl Reading {
@@ -35,13 +36,13 @@ impl Reading {
         };
         client.begin(SessionKind::Restore, &opened.server.name, &opened.keyset, Some(news)).await?;
         let threads = std::thread::available_parallelism().map_or(2, usize::from);
-        let source = Arc::new(NetworkSource::new(fetcher.clone(), client.arbiter(), &opened.keyset, threads));
-        Ok(Self { fetcher, source })
+        let blocks = Arc::new(BlockSource::new(fetcher.clone(), client.arbiter(), &opened.keyset, threads));
+        Ok(Self { fetcher, blocks })
     }
 
-    /// Where chunks come from.
-    pub fn source(&self) -> Arc<dyn ChunkSource> {
-        Arc::clone(&self.source) as Arc<dyn ChunkSource>
+    /// Where the chunks of `snapshot` come from. The server keeps the snapshot, whatever is deleted, until this session ends.
+    pub fn source(&self, snapshot: SnapshotId) -> Arc<dyn ChunkSource> {
+        Arc::new(NetworkSource::new(Arc::clone(&self.blocks), Some(snapshot)))
     }
 
     /// Closes the streams, then the session. An empty reason means that everything was read.

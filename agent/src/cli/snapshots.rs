@@ -51,7 +51,7 @@ pub async fn run(global: &Global, place: &Place, wanted: &Snapshots) -> anyhow::
 
 fn matches(snapshot: &Snapshot, wanted: &Snapshots) -> bool {
     wanted.host.as_ref().is_none_or(|host| *host == snapshot.manifest.host)
-        && wanted.tag.iter().all(|tag| snapshot.manifest.tags.contains(tag))
+        && wanted.tag.iter().all(|tag| snapshot.tags.contains(tag))
 }
 
 fn keep_newest(snapshots: &mut Vec<Snapshot>, newest: usize) {
@@ -75,7 +75,7 @@ fn line(snapshot: &Snapshot) -> Line {
         time: output::rfc3339(manifest.started_ns),
         committed: output::rfc3339(snapshot.committed_ns),
         host: manifest.host.clone(),
-        tags: manifest.tags.clone(),
+        tags: snapshot.tags.clone(),
         paths: snapshot.details.paths.iter().map(|path| output::path(path)).collect(),
         files: manifest.totals.files,
         directories: manifest.totals.directories,
@@ -98,7 +98,7 @@ fn text(snapshots: &[Snapshot]) -> String {
             snapshot.id.short(),
             output::moment(snapshot.manifest.started_ns),
             snapshot.manifest.host.clone(),
-            snapshot.manifest.tags.join(","),
+            snapshot.tags.join(","),
             output::size(snapshot.manifest.totals.bytes),
             output::size(snapshot.manifest.totals.bytes_stored),
             paths.join(" "),

@@ -11,9 +11,13 @@ use aws_lc_rs::signature::{ED25519, Ed25519KeyPair, KeyPair, UnparsedPublicKey};
 use hpke::kem::X25519HkdfSha256;
 use hpke::{Deserializable, Kem, Serializable};
 use strandline_messages::format::chunk::{Reference, chunk_id};
-use strandline_messages::format::keys::{Capability, KeysetV1, WriterCertificateV1, open_session_proof};
+use strandline_messages::format::cursor::Decoder;
+use strandline_messages::format::keys::{
+    Capability, KeysetV1, WriterCertificateV1, manage_proof, open_session_proof, snapshot_tags_signed_part,
+};
 use strandline_messages::format::repository::{ChunkingV1, RepositoryV1};
-use strandline_messages::{ChunkId, ChunkKind, RepositoryId, RepositoryName};
+use strandline_messages::wire::manage::SnapshotTags;
+use strandline_messages::{ChunkId, ChunkKind, RepositoryId, RepositoryName, SnapshotId};
 use zeroize::{Zeroize, Zeroizing};
 
 use super::{KeyError, random};
@@ -196,6 +200,45 @@ impl Keyset {
     /// Proves to a server that this holder has its writer key: a signature over the server's nonce and the repository.
     pub fn sign_session_proof(&self, nonce: &[u8; 32]) -> Result<[u8; 64], KeyError> {
         self.sign(&open_session_proof(nonce, &self.repository()))
+    }
+
+    /// Proves to a server that this holder wants an encoded operation: a signature over the server's nonce, the repository and
+    /// the operation.
+    pub fn sign_manage_proof(&self, nonce: &[u8; 32], operation: &[u8]) -> Result<[u8; 64], KeyError> {
+        self.sign(&manage_proof(nonce, &self.repository(), operation))
+    }
+
+    /// Tags to replace a snapshot's with, signed. `at_ns`: now, ns since 1970. Needs the full capability.
+    pub fn sign_snapshot_tags(
+        &self,
+        snapshot: SnapshotId,
+        tags: Vec<String>,
+        at_ns: i64,
+    ) -> Result<SnapshotTags, KeyError> {
+        if self.capability() != Capability::Full {
+            return Err(KeyError::Capability { what: "change tags" });
+        }
+        let signature = self.sign(&snapshot_tags_signed_part(&self.repository(), &snapshot, at_ns, &tags))?;
+        let (writer, signature) = (self.encoded_certificate().into(), signature.to_vec().into());
+        Ok(SnapshotTags { snapshot, tags, at_ns, writer, signature })
+    }
+
+    /// Whether a holder of the full capability signed these tags.
+    pub fn verify_snapshot_tags(&self, tags: &SnapshotTags) -> bool {
+        let mut decoder = Decoder::new(&tags.writer, "writer certificate");
+        let Ok(writer) = WriterCertificateV1::decode(&mut decoder) else { return false };
+        let Ok(signature) = tags.signature.as_slice().try_into() else { return false };
+        let signed = snapshot_tags_signed_part(&self.repository(), &tags.snapshot, tags.at_ns, &tags.tags);
+        writer.capability == Capability::Full
+            && verify_certificate(&writer, &self.repository(), self.root_public())
+            && verify(&writer.public_key, &signed, signature)
+    }
+
+    /// The certificate of this holder's writer key, 97 bytes.
+    pub fn encoded_certificate(&self) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        self.writer_certificate().encode(&mut bytes);
+        bytes
     }
 
     /// Signs with the writer key. Ed25519, 64 bytes.

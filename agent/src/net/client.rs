@@ -6,7 +6,8 @@ use actix::{Actor, Addr, Recipient};
 use actix_rt::ArbiterHandle;
 use governor::{Quota, RateLimiter};
 use strandline_actors::control_channel::{
-    AskError, AskServer, BeginSession, CloseChannel, ControlChannel, Dispatching, ForgetSession, SessionOpener,
+    AskError, AskProved, AskServer, BeginSession, CloseChannel, ControlChannel, Dispatching, ForgetSession,
+    SessionOpener,
 };
 use strandline_actors::dispatcher::{DispatchCounters, DispatchFailed, Dispatcher};
 use strandline_actors::fetcher::Fetcher;
@@ -19,9 +20,10 @@ use strandline_actors::stream_pool::PoolSettings;
 use strandline_messages::format::FormatError;
 use strandline_messages::format::receipt::ReceiptV1;
 use strandline_messages::format::repository::RepositoryV1;
+use strandline_messages::wire::manage::{Deletion, Manage, Operation, Outcome, SnapshotTags};
 use strandline_messages::wire::{
-    AbortSession, CreateRepository, DescribeRepository, ListSnapshots, Message, OpenSession, Renew, SessionKind,
-    SessionOpened, StatusReported,
+    AbortSession, CreateRepository, DescribeRepository, KeepingRules, ListSnapshots, Message, OpenSession, Renew,
+    SessionKind, SessionOpened, StatusReported,
 };
 use strandline_messages::{RepositoryName, SessionId, limits};
 
@@ -44,6 +46,9 @@ pub enum ClientError {
     /// The server's answer cannot be decoded.
     #[error("{0}; nothing was changed")]
     Format(#[from] FormatError),
+    /// The request exceeds a limit of the protocol.
+    #[error("{0}; nothing was asked of the server")]
+    Request(String),
     /// The key cannot do what is asked.
     #[error(transparent)]
     Key(#[from] KeyError),
@@ -56,6 +61,8 @@ pub struct RepositoryInfo {
     pub file: RepositoryV1,
     /// Its key slots, encoded.
     pub slots: Vec<Vec<u8>>,
+    /// How it keeps its snapshots.
+    pub keeping: KeepingRules,
 }
 
 /// One snapshot of a listing.
@@ -67,6 +74,12 @@ pub struct SnapshotListing {
     pub manifest: Vec<u8>,
     /// The server's receipt.
     pub receipt: ReceiptV1,
+    /// Tags that replace those of the manifest; not verified yet.
+    pub tags: Option<SnapshotTags>,
+    /// Nobody can delete it.
+    pub protected: bool,
+    /// That it was deleted.
+    pub deletion: Option<Deletion>,
 }
 
 /// How a session's data is moved.
@@ -120,6 +133,7 @@ impl Client {
             Message::RepositoryDescribed(described) => Ok(RepositoryInfo {
                 file: RepositoryV1::decode(&described.file)?,
                 slots: described.slots.into_iter().map(serde_bytes::ByteBuf::into_vec).collect(),
+                keeping: described.keeping,
             }),
             other => Err(unexpected(&other, "RepositoryDescribed")),
         }
@@ -134,13 +148,17 @@ impl Client {
         }
     }
 
-    /// All snapshots of a repository in the order of their commits.
-    pub async fn snapshots(&self, repository: &RepositoryName) -> Result<Vec<SnapshotListing>, ClientError> {
+    /// All snapshots of a repository in the order of their commits; or the deleted ones that can still be brought back.
+    pub async fn snapshots(
+        &self,
+        repository: &RepositoryName,
+        deleted: bool,
+    ) -> Result<Vec<SnapshotListing>, ClientError> {
         let mut found: Vec<SnapshotListing> = Vec::new();
         loop {
             let after_order = found.last().map_or(0, |last| last.order);
             let limit = u32::try_from(limits::LIST_PAGE_MAX).unwrap_or(u32::MAX);
-            let request = ListSnapshots { repository: repository.clone(), after_order, limit };
+            let request = ListSnapshots { repository: repository.clone(), deleted, after_order, limit };
             let page = match self.ask(Message::ListSnapshots(request)).await? {
                 Message::SnapshotsListed(page) => page.snapshots,
                 other => return Err(unexpected(&other, "SnapshotsListed")),
@@ -153,8 +171,37 @@ impl Client {
                     order: listed.order,
                     manifest: listed.manifest.into_vec(),
                     receipt: ReceiptV1::decode(&listed.receipt)?,
+                    tags: listed.tags,
+                    protected: listed.protected,
+                    deletion: listed.deletion,
                 });
             }
+        }
+    }
+
+    /// Has an operation carried out, proved with the writer key of `keyset` on whatever connection it is asked on.
+    pub async fn manage(
+        &self,
+        repository: &RepositoryName,
+        keyset: &Arc<Keyset>,
+        operation: &Operation,
+    ) -> Result<Outcome, ClientError> {
+        let operation = operation.encode().map_err(|error| ClientError::Request(error.to_string()))?;
+        // The proof cannot fail later if it can be made now: it needs nothing but the writer key.
+        keyset.sign_manage_proof(&[0; 32], &operation)?;
+        let (repository, keyset) = (repository.clone(), Arc::clone(keyset));
+        let prove = move |nonce: &[u8; 32]| {
+            let proof = keyset.sign_manage_proof(nonce, &operation).map(|proof| proof.to_vec()).unwrap_or_default();
+            Message::Manage(Manage {
+                repository: repository.clone(),
+                writer: keyset.encoded_certificate().into(),
+                proof: proof.into(),
+                operation: operation.clone().into(),
+            })
+        };
+        match self.control.send(AskProved(Arc::new(prove))).await.unwrap_or(Err(AskError::Closed))? {
+            Message::Managed(managed) => Ok(managed.outcome),
+            other => Err(unexpected(&other, "Managed")),
         }
     }
 
@@ -237,8 +284,7 @@ impl Client {
 
 fn opener(kind: SessionKind, repository: RepositoryName, keyset: Arc<Keyset>) -> SessionOpener {
     Arc::new(move |nonce: &[u8; 32], resume_of: Option<SessionId>| {
-        let mut writer = Vec::new();
-        keyset.writer_certificate().encode(&mut writer);
+        let writer = keyset.encoded_certificate();
         let proof = keyset.sign_session_proof(nonce).map(|proof| proof.to_vec()).unwrap_or_default();
         OpenSession { kind, repository: repository.clone(), resume_of, writer: writer.into(), proof: proof.into() }
     })

@@ -7,4 +7,4 @@ pub mod tls;
 
 pub use client::{Client, ClientError, RepositoryInfo, SessionSettings, SnapshotListing};
 pub use oracle::{NetworkOracle, WindowSink};
-pub use source::NetworkSource;
+pub use source::{BlockSource, NetworkSource};

@@ -12,7 +12,7 @@ use parking_lot::Mutex;
 use strandline_actors::control_channel::AskError;
 use strandline_actors::fetcher::{BlockUsed, FetchBlocks, Fetcher};
 use strandline_messages::format::block::BlockView;
-use strandline_messages::{BlockDigest, ChunkId, ChunkKind, limits};
+use strandline_messages::{BlockDigest, ChunkId, ChunkKind, SnapshotId, limits};
 
 use crate::keys::Keyset;
 use crate::seal::{OpenedBlock, Opener};
@@ -25,15 +25,29 @@ struct Arrival {
     reader: Sender<Result<Arc<OpenedBlock>, FetchError>>,
 }
 
-/// See the module.
-pub struct NetworkSource {
+/// See the module. Shared by the sources of a session's snapshots.
+pub struct BlockSource {
     fetcher: Addr<Fetcher>,
     arbiter: ArbiterHandle,
     arrivals: Option<Sender<Arrival>>,
     openers: Vec<JoinHandle<()>>,
 }
 
+/// The chunks of one snapshot.
+pub struct NetworkSource {
+    blocks: Arc<BlockSource>,
+    /// `None`: what the session's own writer domain has.
+    snapshot: Option<SnapshotId>,
+}
+
 impl NetworkSource {
+    /// The chunks of `snapshot`, or of the session's own writer domain.
+    pub fn new(blocks: Arc<BlockSource>, snapshot: Option<SnapshotId>) -> Self {
+        Self { blocks, snapshot }
+    }
+}
+
+impl BlockSource {
     /// Over `fetcher`, whose actor runs on `arbiter`; blocks are opened on `threads` threads.
     pub fn new(fetcher: Addr<Fetcher>, arbiter: ArbiterHandle, keyset: &Keyset, threads: usize) -> Self {
         // Every block in the queue is paid for by credit, which costs at least `Credit::BLOCK_MIN` each.
@@ -48,7 +62,7 @@ impl NetworkSource {
     }
 }
 
-impl Drop for NetworkSource {
+impl Drop for BlockSource {
     fn drop(&mut self) {
         self.arrivals = None;
         for opener in self.openers.drain(..) {
@@ -120,7 +134,7 @@ impl Pending {
 impl ChunkSource for NetworkSource {
     fn fetch(&self, wanted: Vec<ChunkId>) -> Result<Fetched, FetchError> {
         let lost = |reason: String| FetchError::Lost { reason };
-        let Some(arrivals) = self.arrivals.clone() else { return Err(lost("the session has ended".into())) };
+        let Some(arrivals) = self.blocks.arrivals.clone() else { return Err(lost("the session has ended".into())) };
         // Room for a block for each chunk, and for the failure: whoever fills it never waits for its reader, so the
         // reader of one fetch cannot hold up another. The credit bounds what is in it.
         let (reader, fetched) = bounded(wanted.len() + 1);
@@ -136,7 +150,7 @@ impl ChunkSource for NetworkSource {
                 }
             })
         };
-        let fetching = self.fetcher.send(FetchBlocks { ids: wanted, taker });
+        let fetching = self.blocks.fetcher.send(FetchBlocks { snapshot: self.snapshot, ids: wanted, taker });
         let finishing = async move {
             let unread = || pending.lock().chunks.iter().copied().collect();
             let failure = match fetching.await.unwrap_or(Err(AskError::Closed)) {
@@ -152,6 +166,6 @@ impl ChunkSource for NetworkSource {
                 let _ = reader.try_send(Err(failure));
             }
         };
-        if self.arbiter.spawn(finishing) { Ok(fetched) } else { Err(lost("the connection is closed".into())) }
+        if self.blocks.arbiter.spawn(finishing) { Ok(fetched) } else { Err(lost("the connection is closed".into())) }
     }
 }

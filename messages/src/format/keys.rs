@@ -1,6 +1,6 @@
 //! Keysets, the slots that wrap them, and writer certificates: their bytes. The cryptography lives in the agent.
 
-use crate::ids::{DomainId, RepositoryId};
+use crate::ids::{DomainId, RepositoryId, SnapshotId};
 use crate::limits;
 
 use super::FormatError;
@@ -89,6 +89,32 @@ pub fn open_session_proof(nonce: &[u8; 32], repository: &RepositoryId) -> Vec<u8
     let mut out = b"strandline open session v1".to_vec();
     out.extend_from_slice(nonce);
     out.extend_from_slice(repository.as_bytes());
+    out
+}
+
+/// What a writer signs to have an operation (`wire::manage`, encoded) carried out.
+pub fn manage_proof(nonce: &[u8; 32], repository: &RepositoryId, operation: &[u8]) -> Vec<u8> {
+    let mut out = b"strandline manage repository v1".to_vec();
+    out.extend_from_slice(nonce);
+    out.extend_from_slice(repository.as_bytes());
+    out.extend_from_slice(blake3::hash(operation).as_bytes());
+    out
+}
+
+/// What a writer signs to replace the tags of a snapshot. `at_ns`: when, ns since 1970.
+pub fn snapshot_tags_signed_part(
+    repository: &RepositoryId,
+    snapshot: &SnapshotId,
+    at_ns: i64,
+    tags: &[String],
+) -> Vec<u8> {
+    let mut out = b"strandline snapshot tags v1".to_vec();
+    out.extend_from_slice(repository.as_bytes());
+    out.extend_from_slice(snapshot.as_bytes());
+    out.put_i64(at_ns);
+    for tag in tags {
+        out.put_string(tag.as_bytes());
+    }
     out
 }
 

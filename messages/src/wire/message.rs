@@ -1,6 +1,7 @@
 //! All messages by kind number, their encoding into frames, and the limits of their lists and texts.
 
 use super::frame::{FLAG_CRITICAL, Frame};
+use super::manage::{Manage, Managed, Outcome};
 use super::types::{
     AbortSession, Ack, Attach, Attached, ChunksKnown, Commit, Committed, CreateRepository, Credit, Defer,
     DescribeRepository, Enroll, Enrolled, FetchChunks, FetchDone, Hello, Join, ListSnapshots, MissingChunks,
@@ -99,6 +100,10 @@ messages! {
     0x0016 GET_STATUS GetStatus,
     /// Server: so.
     0x0017 STATUS_REPORTED StatusReported(StatusReported),
+    /// Agent: change what a repository keeps.
+    0x0018 MANAGE Manage(Manage),
+    /// Server: what that came to.
+    0x0019 MANAGED Managed(Managed),
     /// Agent: open a session.
     0x0020 OPEN_SESSION OpenSession(OpenSession),
     /// Server: it is registered.
@@ -195,13 +200,26 @@ impl Message {
             }
             Self::SnapshotsListed(m) => {
                 within("snapshots", m.snapshots.len(), limits::LIST_PAGE_MAX)?;
-                m.snapshots.iter().try_for_each(|s| within("a manifest", s.manifest.len(), limits::MANIFEST_BYTES_MAX))
+                m.snapshots.iter().try_for_each(|s| {
+                    within("a manifest", s.manifest.len(), limits::MANIFEST_BYTES_MAX)?;
+                    within("tags", s.tags.as_ref().map_or(0, |tags| tags.tags.len()), limits::TAGS_MAX)
+                })
             }
             Self::StatusReported(m) => {
                 within("software", m.software.len(), limits::TEXT_BYTES_MAX)?;
                 within("repositories", m.repositories.len(), limits::STATUS_ROWS_MAX)?;
                 within("sessions", m.sessions.len(), limits::STATUS_ROWS_MAX)
             }
+            Self::Manage(m) => within("operation", m.operation.len(), limits::CONTROL_BYTES_MAX),
+            Self::Managed(m) => match &m.outcome {
+                Outcome::Kept { kept } => within("snapshots", kept.len(), limits::MANAGED_SNAPSHOTS_MAX),
+                Outcome::PartlyDead { blocks } => within("blocks", blocks.len(), limits::PARTLY_DEAD_MAX),
+                Outcome::Scrubbed(report) => {
+                    within("damaged blocks", report.damaged.len(), limits::DAMAGE_ROWS_MAX)?;
+                    within("affected snapshots", report.affected.len(), limits::DAMAGE_ROWS_MAX)
+                }
+                Outcome::Done | Outcome::Collected(_) => Ok(()),
+            },
             Self::Renew(m) => within("certificate request", m.request.len(), limits::CERTIFICATE_BYTES_MAX),
             Self::Enrolled(m) => {
                 within("certificate", m.certificate.len(), limits::CERTIFICATE_BYTES_MAX)?;

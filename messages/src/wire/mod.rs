@@ -2,6 +2,7 @@
 
 pub mod codec;
 pub mod frame;
+pub mod manage;
 pub mod message;
 pub mod types;
 

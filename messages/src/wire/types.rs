@@ -7,6 +7,7 @@ use crate::ids::{
     AgentId, ChunkId, Incarnation, RepositoryName, SessionId, SessionToken, SnapshotId, StreamIndex, TenantName,
 };
 use crate::limits;
+use crate::wire::manage::{Deletion, SnapshotTags};
 
 /// What a connection is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -48,6 +49,8 @@ pub struct RepositoryDescribed {
     pub file: ByteBuf,
     /// Its key slots (`format::keys`).
     pub slots: Vec<ByteBuf>,
+    /// How it keeps its snapshots.
+    pub keeping: KeepingRules,
 }
 
 /// Makes a repository.
@@ -59,11 +62,24 @@ pub struct CreateRepository {
     pub slots: Vec<ByteBuf>,
 }
 
+/// How a repository keeps its snapshots.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KeepingRules {
+    /// How long a deleted snapshot can be brought back, seconds.
+    pub undelete_s: u64,
+    /// Before it is this old, by the server's clock, nobody can delete a snapshot; seconds.
+    pub min_retention_s: u64,
+    /// Whether agents with the full capability may delete snapshots.
+    pub agents_may_delete: bool,
+}
+
 /// Asks for snapshots in the order of their commits.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ListSnapshots {
     /// The repository.
     pub repository: RepositoryName,
+    /// The deleted ones that can still be brought back, instead of those that are kept.
+    pub deleted: bool,
     /// Only snapshots after this place in the order; 0 for all.
     pub after_order: u64,
     /// At most so many.
@@ -79,6 +95,12 @@ pub struct ListedSnapshot {
     pub manifest: ByteBuf,
     /// The server's receipt.
     pub receipt: ByteBuf,
+    /// Tags that replace those of the manifest.
+    pub tags: Option<SnapshotTags>,
+    /// Nobody can delete it.
+    pub protected: bool,
+    /// That it was deleted.
+    pub deletion: Option<Deletion>,
 }
 
 /// Answer to [`ListSnapshots`].
@@ -112,10 +134,20 @@ pub struct StatusReported {
 pub struct RepositoryStatus {
     /// Its name.
     pub name: RepositoryName,
-    /// Snapshots committed.
+    /// Snapshots kept.
     pub snapshots: u64,
-    /// Bytes stored in packs.
+    /// Deleted snapshots that can be brought back.
+    pub deleted: u64,
+    /// Bytes stored in packs, without those that were freed.
     pub stored_bytes: u64,
+    /// Bytes of blocks that wait to be freed.
+    pub condemned_bytes: u64,
+    /// Blocks, without those that were freed.
+    pub blocks: u64,
+    /// Copies of chunks in the index; those whose flag changed may count twice for a while.
+    pub chunks: u64,
+    /// Blocks that were found damaged and withdrawn.
+    pub damaged_blocks: u64,
 }
 
 /// One open session in a status report.
@@ -142,6 +174,9 @@ pub enum SessionKind {
     Backup,
     /// The agent fetches chunks.
     Restore,
+    /// The agent stores chunks again that the server has, so that blocks that are mostly dead can be freed. Every block is
+    /// stored, whatever is known.
+    Repack,
 }
 
 /// Opens a session.
@@ -267,6 +302,8 @@ pub struct AbortSession {
 pub struct FetchChunks {
     /// Chosen by the agent; in the upper half of the sequence number of every block that answers it.
     pub request: u32,
+    /// The snapshot that needs them: copies in its writer domain are looked for, and it is kept as long as the session lasts.
+    pub snapshot: SnapshotId,
     /// Wanted ids in the order in which they are needed, 32 bytes each.
     pub ids: ByteBuf,
 }

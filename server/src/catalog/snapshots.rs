@@ -1,9 +1,9 @@
 //! Rows of `snapshots`.
 
 use sqlx::{Sqlite, Transaction};
-use strandline_messages::SnapshotId;
 use strandline_messages::format::manifest::ManifestV1;
 use strandline_messages::format::receipt::ReceiptV1;
+use strandline_messages::{DomainId, SnapshotId};
 
 use super::sessions::{Lease, end_lease};
 use super::{Catalog, CatalogError, id, signed, sql, unsigned};
@@ -69,6 +69,18 @@ impl Catalog {
             .await
             .map_err(sql("list the snapshots"))?;
         rows.iter().map(|bytes| id("snapshot id", bytes, SnapshotId::from_slice)).collect()
+    }
+
+    /// The writer domain of a snapshot; `None` if there is no such snapshot.
+    pub(crate) async fn snapshot_domain(
+        &self,
+        repository: i64,
+        snapshot: &SnapshotId,
+    ) -> Result<Option<DomainId>, CatalogError> {
+        let query = sqlx::query_scalar("SELECT domain FROM snapshots WHERE repository = ? AND id = ?");
+        let query = query.bind(repository).bind(snapshot.as_bytes().as_slice());
+        let row: Option<Vec<u8>> = query.fetch_optional(self.pool()).await.map_err(sql("look up a snapshot"))?;
+        row.map(|bytes| id("writer domain", &bytes, DomainId::from_slice)).transpose()
     }
 
     /// How many snapshots a repository has.

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use strandline_messages::{RepositoryName, SessionId, TenantName};
+use strandline_messages::{RepositoryName, SessionId, SnapshotId, TenantName};
 
 use crate::catalog::CatalogError;
 use crate::index::IndexError;
@@ -27,6 +27,12 @@ pub enum EngineError {
         tenant: TenantName,
         /// The name.
         name: RepositoryName,
+    },
+    /// The repository has no such snapshot.
+    #[error("there is no snapshot {snapshot}; it may have been deleted; `strand snapshots` lists those that are kept")]
+    NoSuchSnapshot {
+        /// The snapshot.
+        snapshot: SnapshotId,
     },
     /// The tenant has a repository of that name or id.
     #[error("the repository `{name}` exists already; nothing was changed; use it, or choose another name")]

@@ -31,6 +31,13 @@ pub struct BlockAddress {
     pub position: u16,
 }
 
+/// What is done with a block all of whose chunks are known.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum IfKnown {
+    Confirm,
+    Store,
+}
+
 /// What became of a commit.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum CommitOutcome {
@@ -175,11 +182,31 @@ impl Repository {
         sequence: Sequence,
         block: Bytes,
     ) -> Result<Durable<Sequence>, StoreError> {
+        self.store_block(lease, sequence, block, IfKnown::Confirm).await
+    }
+
+    /// As [`Repository::store`], but stores the block whatever is known: its chunks move out of blocks that are mostly dead.
+    pub async fn store_again(
+        &self,
+        lease: &Lease,
+        sequence: Sequence,
+        block: Bytes,
+    ) -> Result<Durable<Sequence>, StoreError> {
+        self.store_block(lease, sequence, block, IfKnown::Store).await
+    }
+
+    async fn store_block(
+        &self,
+        lease: &Lease,
+        sequence: Sequence,
+        block: Bytes,
+        if_known: IfKnown,
+    ) -> Result<Durable<Sequence>, StoreError> {
         let fenced = |_| StoreError::Fenced { session: lease.session };
         self.state.assert_current(lease).map_err(fenced)?;
         let verified = {
             let (state, lease) = (Arc::clone(&self.state), lease.clone());
-            let verify = move || verify(&state, &lease, sequence, block);
+            let verify = move || verify(&state, &lease, sequence, block, if_known);
             tokio::task::spawn_blocking(verify).await.map_err(|_| StoreError::Closed)??
         };
         match verified {
@@ -227,6 +254,12 @@ impl Repository {
     /// Up to `limit` snapshots after place `after_order` in the order of commits: place, manifest, receipt.
     pub async fn snapshots(&self, after_order: u64, limit: usize) -> Result<Vec<SnapshotRow>, EngineError> {
         Ok(self.state.common.catalog.snapshots(self.state.number, after_order, limit).await?)
+    }
+
+    /// The writer domain of a snapshot, in which its chunks are looked for.
+    pub async fn domain_of(&self, snapshot: SnapshotId) -> Result<DomainId, EngineError> {
+        let domain = self.state.common.catalog.snapshot_domain(self.state.number, &snapshot).await?;
+        domain.ok_or(EngineError::NoSuchSnapshot { snapshot })
     }
 
     /// Where the chunks of a domain lie; a live copy before a condemned one. `None`: there is no copy that can be read.
@@ -324,7 +357,13 @@ fn known(state: &State, lease: &Lease, ids: &[ChunkId], kind: Option<ChunkKind>)
 }
 
 /// Checks a block; `None` if it need not be stored.
-fn verify(state: &State, lease: &Lease, sequence: Sequence, bytes: Bytes) -> Result<Option<NewBlock>, StoreError> {
+fn verify(
+    state: &State,
+    lease: &Lease,
+    sequence: Sequence,
+    bytes: Bytes,
+    if_known: IfKnown,
+) -> Result<Option<NewBlock>, StoreError> {
     let (header, digest, ids) = {
         let view = BlockView::parse(&bytes)?;
         let (found, expected) = (view.header.repository, state.file.id);
@@ -338,10 +377,12 @@ fn verify(state: &State, lease: &Lease, sequence: Sequence, bytes: Bytes) -> Res
     if header.kind == ChunkKind::Tree && state.has_tree_block(&lease.session, sequence) {
         return Ok(None);
     }
-    let known = known(state, lease, &ids, Some(header.kind))
-        .map_err(|error| StoreError::Index { reason: error.to_string().into() })?;
-    if known.iter().all(|&known| known) {
-        return Ok(None);
+    if if_known == IfKnown::Confirm {
+        let known = known(state, lease, &ids, Some(header.kind))
+            .map_err(|error| StoreError::Index { reason: error.to_string().into() })?;
+        if known.iter().all(|&known| known) {
+            return Ok(None);
+        }
     }
     Ok(Some(NewBlock { bytes, header, digest, domain: lease.domain, session: lease.session, sequence, ids }))
 }
