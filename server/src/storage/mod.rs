@@ -4,6 +4,7 @@
 //! renamed, and its directory synced; a pack is only appended to, and only by its [`pack_writer::PackWriter`].
 
 pub mod files;
+pub mod journal;
 pub mod layout;
 pub mod lock;
 pub mod pack_file;

@@ -107,7 +107,7 @@ impl Tenancy {
         let storage = data.join("storage");
         let path = storage.join(JOURNAL_NAME);
         let opened = tokio::task::spawn_blocking(move || {
-            let journal = Journal::open(&storage)?;
+            let journal = Journal::open(&storage.join(JOURNAL_NAME))?;
             let replay = journal.replay()?;
             Ok((journal, replay))
         });

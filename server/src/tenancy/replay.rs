@@ -5,12 +5,13 @@ use std::path::PathBuf;
 use data_encoding::HEXLOWER;
 use sqlx::{Sqlite, Transaction};
 
-use super::journal::{Event, Replay};
+use super::journal::Event;
 use super::{Tenancy, TenancyError};
+use crate::storage::journal::Replay;
 
 impl Tenancy {
     /// Applies every event, in order, in one transaction; what the tables know already stays as it is.
-    pub(super) async fn replay(&self, said: Replay, path: PathBuf) -> Result<(), TenancyError> {
+    pub(super) async fn replay(&self, said: Replay<Event>, path: PathBuf) -> Result<(), TenancyError> {
         let mut transaction = self.begin().await?;
         if !said.damaged.is_empty() {
             let (tenants,): (i64,) =
