@@ -9,15 +9,20 @@
 pub mod error;
 #[cfg(test)]
 pub(crate) mod fixture;
+pub mod gc;
+pub mod keeping;
 pub mod known;
 pub mod repository;
+pub mod settings;
 
 mod check;
 mod commit;
 mod completeness;
+mod damage;
 mod packs;
+mod scrub;
 mod server_key;
-mod state;
+pub(crate) mod state;
 #[cfg(test)]
 mod tests;
 

@@ -20,12 +20,15 @@ use strandline_messages::format::receipt::ReceiptV1;
 use strandline_messages::format::repository::RepositoryV1;
 use strandline_messages::identity::{Identity, Role};
 use strandline_messages::mail::Peer;
+use strandline_messages::wire::codec;
+use strandline_messages::wire::manage::Deletion;
 use strandline_messages::wire::{
     CreateRepository, DescribeRepository, Enrolled, KeepingRules, ListSnapshots, ListedSnapshot, Message, OpenSession,
     RefusalCode, Refused, Renew, RepositoryDescribed, RepositoryStatus, SessionKind, SnapshotsListed, StatusReported,
 };
 use strandline_messages::{ChunkId, Durable, Sequence, SessionId, SnapshotId, limits};
 
+use crate::catalog::snapshots::SnapshotRow;
 use crate::engine::{self, BlockAddress, Engine, EngineError, Lease, Opened, Repository, SessionEnd, StoreError};
 use crate::pki::Authority;
 use crate::tenancy::{Tenancy, renew};
@@ -73,10 +76,14 @@ impl Host for EngineHost {
             let repository =
                 engine.repository(&peer.tenant, &request.repository).await.map_err(|error| refusal(&error))?;
             let writer = verified_writer(repository.file(), &request, &nonce)?;
-            let opened = repository
-                .open_session(session, peer.agent, writer.domain(), request.resume_of)
-                .await
-                .map_err(|error| refusal(&error))?;
+            let (domain, resume_of) = (writer.domain(), request.resume_of);
+            let opened = match request.kind {
+                SessionKind::Restore => repository.open_reading_session(session, peer.agent, domain, resume_of).await,
+                SessionKind::Backup | SessionKind::Repack => {
+                    repository.open_session(session, peer.agent, domain, resume_of).await
+                }
+            };
+            let opened = opened.map_err(|error| refusal(&error))?;
             match opened {
                 Opened::Fresh(lease) => {
                     Ok(Opening::Granted { store: Arc::new(LeasedRepository { repository, lease, kind: request.kind }) })
@@ -151,10 +158,15 @@ impl Renewer {
 async fn describe(engine: &Engine, peer: &Peer, request: &DescribeRepository) -> Result<Message, Refused> {
     let repository = engine.repository(&peer.tenant, &request.repository).await.map_err(|error| refusal(&error))?;
     let slots = repository.slots().await.map_err(|error| refusal(&error))?;
+    let settings = repository.settings().await.map_err(|error| refusal(&error))?;
     Ok(Message::RepositoryDescribed(RepositoryDescribed {
         file: repository.file().encode().into(),
         slots: slots.into_iter().map(Into::into).collect(),
-        keeping: KeepingRules { undelete_s: 7 * 86_400, min_retention_s: 0, agents_may_delete: true },
+        keeping: KeepingRules {
+            undelete_s: settings.undelete.as_secs(),
+            min_retention_s: settings.min_retention.as_secs(),
+            agents_may_delete: settings.agents_may_delete,
+        },
     }))
 }
 
@@ -172,24 +184,41 @@ async fn create(engine: &Engine, peer: &Peer, request: CreateRepository) -> Resu
 async fn list(engine: &Engine, peer: &Peer, request: &ListSnapshots) -> Result<Message, Refused> {
     let repository = engine.repository(&peer.tenant, &request.repository).await.map_err(|error| refusal(&error))?;
     let limit = (request.limit as usize).clamp(1, limits::LIST_PAGE_MAX);
-    let found = repository.snapshots(request.after_order, limit).await.map_err(|error| refusal(&error))?;
+    let found = if request.deleted {
+        repository.deleted_snapshots(request.after_order, limit).await
+    } else {
+        repository.snapshots(request.after_order, limit).await
+    };
+    let found = found.map_err(|error| refusal(&error))?;
     let mut room = limits::CONTROL_BYTES_MAX - 1024;
     let mut snapshots = Vec::with_capacity(found.len());
-    for (order, manifest, receipt) in found {
+    for row in found {
         // A page is cut where its frame is full; the next request begins after its last.
-        let size = manifest.len() + receipt.len() + 64;
+        let texts = row.tags.as_ref().map_or(0, Vec::len) + row.deletion.as_ref().map_or(0, |row| row.reason.len());
+        let size = row.manifest.len() + row.receipt.len() + texts + 256;
         let Some(left) = room.checked_sub(size) else { break };
         room = left;
-        snapshots.push(ListedSnapshot {
-            order,
-            manifest: manifest.into(),
-            receipt: receipt.into(),
-            tags: None,
-            protected: false,
-            deletion: None,
-        });
+        snapshots.push(listed(row));
     }
     Ok(Message::SnapshotsListed(SnapshotsListed { snapshots }))
+}
+
+fn listed(row: SnapshotRow) -> ListedSnapshot {
+    let deletion = row.deletion.map(|deletion| Deletion {
+        deleted_ns: deletion.deleted_ns,
+        final_ns: deletion.final_ns,
+        agent: deletion.agent,
+        reason: deletion.reason,
+    });
+    ListedSnapshot {
+        order: row.place,
+        manifest: row.manifest.into(),
+        receipt: row.receipt.into(),
+        // They were encoded here; what cannot be decoded is as good as none: the manifest's tags count.
+        tags: row.tags.and_then(|tags| codec::decode("tags", &tags).ok()),
+        protected: row.protected,
+        deletion,
+    }
 }
 
 struct StatusQuestion {
@@ -207,12 +236,12 @@ impl StatusQuestion {
             repositories.push(RepositoryStatus {
                 name: file.name,
                 snapshots: totals.snapshots,
-                deleted: 0,
+                deleted: totals.deleted,
                 stored_bytes: totals.stored_bytes,
-                condemned_bytes: 0,
+                condemned_blocks: totals.condemned,
                 blocks: totals.blocks,
                 chunks: totals.chunks,
-                damaged_blocks: 0,
+                damaged_blocks: totals.damaged,
             });
         }
         let seen = match &self.registry {
@@ -263,7 +292,12 @@ fn refusal(error: &EngineError) -> Refused {
         EngineError::NoSuchRepository { .. } => RefusalCode::NoSuchRepository,
         EngineError::AlreadyExists { .. } => RefusalCode::RepositoryExists,
         EngineError::Fenced { .. } => RefusalCode::Superseded,
-        EngineError::BadSlot { .. } | EngineError::SessionExists { .. } => RefusalCode::Invalid,
+        EngineError::AgentsMayNotDelete => RefusalCode::NotPermitted,
+        EngineError::Stopping => RefusalCode::Stopping,
+        EngineError::NoSuchSnapshot { .. }
+        | EngineError::BadTags
+        | EngineError::BadSlot { .. }
+        | EngineError::SessionExists { .. } => RefusalCode::Invalid,
         _ => RefusalCode::Internal,
     };
     if code == RefusalCode::Internal {
@@ -347,7 +381,7 @@ impl SessionStore for LeasedRepository {
         async move {
             let domain = match snapshot {
                 None => lease.domain,
-                Some(snapshot) => repository.domain_of(snapshot).await.map_err(|error| fault(&error))?,
+                Some(snapshot) => repository.pin(&lease, snapshot).await.map_err(|error| fault(&error))?,
             };
             let found = repository.locate(domain, &ids).await.map_err(|error| fault(&error))?;
             let place =

@@ -9,6 +9,7 @@ pub mod cursor;
 pub mod keys;
 pub mod manifest;
 pub mod pack;
+pub mod pack_state;
 pub mod receipt;
 pub mod repository;
 pub mod tree;

@@ -138,10 +138,10 @@ pub struct RepositoryStatus {
     pub snapshots: u64,
     /// Deleted snapshots that can be brought back.
     pub deleted: u64,
-    /// Bytes stored in packs, without those that were freed.
+    /// Bytes that packs take on disk.
     pub stored_bytes: u64,
-    /// Bytes of blocks that wait to be freed.
-    pub condemned_bytes: u64,
+    /// Blocks that wait to be freed.
+    pub condemned_blocks: u64,
     /// Blocks, without those that were freed.
     pub blocks: u64,
     /// Copies of chunks in the index; those whose flag changed may count twice for a while.

@@ -5,10 +5,12 @@
 //! nothing that was promised: manifests and receipts are synced files before their rows are committed, and the next start
 //! makes the rows again.
 
+pub mod keeping;
 pub mod packs;
 pub mod repositories;
 pub mod sessions;
 pub mod snapshots;
+pub mod verified;
 
 use std::ops::{Deref, DerefMut};
 use std::path::Path;

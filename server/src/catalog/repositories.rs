@@ -61,7 +61,7 @@ impl Catalog {
         query.fetch_one(self.pool()).await.map(unsigned).map_err(sql("read a repository"))
     }
 
-    /// The blocks that are not live.
+    /// The blocks that are condemned or being freed.
     pub(crate) async fn block_states(&self, repository: i64) -> Result<HashMap<BlockPlace, BlockState>, CatalogError> {
         let rows: Vec<(i64, i64, String, i64)> =
             sqlx::query_as("SELECT pack, block_offset, state, epoch FROM block_states WHERE repository = ?")
@@ -73,8 +73,6 @@ impl Catalog {
             let state = match state.as_str() {
                 "condemned" => BlockState::Condemned { epoch: unsigned(epoch) },
                 "freeing" => BlockState::Freeing,
-                "freed" => BlockState::Freed,
-                "withdrawn" => BlockState::Withdrawn,
                 _ => return Err(CatalogError::Impossible { what: "block state" }),
             };
             Ok(((number("pack number", pack)?, number("block offset", offset)?), state))
@@ -83,14 +81,26 @@ impl Catalog {
     }
 
     /// Publishes new states in one transaction. `Condemned` blocks get the current epoch, and the epoch then moves on, so that
-    /// leases taken later do not cover them. Returns that epoch.
+    /// leases taken later do not cover them. Returns that epoch; `None`, and nothing is published, if the count of commits is
+    /// another than `commits_seen`. What is freed or withdrawn stands in the state files of packs, not here.
     pub(crate) async fn publish_states(
         &self,
         repository: i64,
         changes: &[(BlockPlace, BlockState)],
-    ) -> Result<u64, CatalogError> {
+        commits_seen: Option<u64>,
+    ) -> Result<Option<u64>, CatalogError> {
         let doing = "publish the states of blocks";
         let mut transaction = self.begin().await?;
+        if let Some(seen) = commits_seen {
+            let commits: i64 = sqlx::query_scalar("SELECT commits FROM repositories WHERE number = ?")
+                .bind(repository)
+                .fetch_one(&mut **transaction)
+                .await
+                .map_err(sql(doing))?;
+            if unsigned(commits) != seen {
+                return Ok(None);
+            }
+        }
         let epoch: i64 = sqlx::query_scalar(
             "UPDATE repositories SET epoch = epoch + 1, published = published + 1 WHERE number = ? RETURNING epoch - 1",
         )
@@ -100,11 +110,9 @@ impl Catalog {
         .map_err(sql(doing))?;
         for ((pack, offset), state) in changes {
             let name = match state {
-                BlockState::Live => None,
+                BlockState::Live | BlockState::Freed | BlockState::Withdrawn => None,
                 BlockState::Condemned { .. } => Some("condemned"),
                 BlockState::Freeing => Some("freeing"),
-                BlockState::Freed => Some("freed"),
-                BlockState::Withdrawn => Some("withdrawn"),
             };
             let query = match name {
                 None => sqlx::query("DELETE FROM block_states WHERE repository = ? AND pack = ? AND block_offset = ?"),
@@ -120,7 +128,71 @@ impl Catalog {
             query.execute(&mut **transaction).await.map_err(sql(doing))?;
         }
         transaction.commit().await.map_err(sql(doing))?;
-        Ok(unsigned(epoch))
+        Ok(Some(unsigned(epoch)))
+    }
+
+    /// Marks blocks as being freed, if no open session holds a lease of `epoch` or earlier; `false` if one does.
+    pub(crate) async fn begin_freeing(
+        &self,
+        repository: i64,
+        epoch: u64,
+        blocks: &[BlockPlace],
+    ) -> Result<bool, CatalogError> {
+        let doing = "begin to free blocks";
+        let mut transaction = self.begin().await?;
+        let held: Option<i64> = sqlx::query_scalar(
+            "SELECT 1 FROM leases l JOIN sessions s ON s.id = l.session \
+             WHERE l.repository = ? AND l.ended = 0 AND s.state = 'open' AND l.epoch <= ? LIMIT 1",
+        )
+        .bind(repository)
+        .bind(signed(epoch))
+        .fetch_optional(&mut **transaction)
+        .await
+        .map_err(sql(doing))?;
+        if held.is_some() {
+            return Ok(false);
+        }
+        for (pack, offset) in blocks {
+            sqlx::query(
+                "REPLACE INTO block_states (repository, pack, block_offset, state, epoch) VALUES (?, ?, ?, 'freeing', ?)",
+            )
+            .bind(repository)
+            .bind(i64::from(*pack))
+            .bind(i64::from(*offset))
+            .bind(signed(epoch))
+            .execute(&mut **transaction)
+            .await
+            .map_err(sql(doing))?;
+        }
+        transaction.commit().await.map_err(sql(doing))?;
+        Ok(true)
+    }
+
+    /// Forgets the states of blocks that the state files of packs tell from now on.
+    pub(crate) async fn forget_states(&self, repository: i64, blocks: &[BlockPlace]) -> Result<(), CatalogError> {
+        let doing = "forget the states of blocks";
+        let mut transaction = self.begin().await?;
+        for (pack, offset) in blocks {
+            sqlx::query("DELETE FROM block_states WHERE repository = ? AND pack = ? AND block_offset = ?")
+                .bind(repository)
+                .bind(i64::from(*pack))
+                .bind(i64::from(*offset))
+                .execute(&mut **transaction)
+                .await
+                .map_err(sql(doing))?;
+        }
+        transaction.commit().await.map_err(sql(doing))
+    }
+
+    /// The earliest epoch that an open session's lease holds; `None` if none holds any.
+    pub(crate) async fn earliest_lease(&self, repository: i64) -> Result<Option<u64>, CatalogError> {
+        let query = sqlx::query_scalar(
+            "SELECT min(l.epoch) FROM leases l JOIN sessions s ON s.id = l.session \
+             WHERE l.repository = ? AND l.ended = 0 AND s.state = 'open'",
+        );
+        let earliest: Option<i64> =
+            query.bind(repository).fetch_one(self.pool()).await.map_err(sql("look at the leases"))?;
+        Ok(earliest.map(unsigned))
     }
 
     /// Makes condemned blocks live again for the holder of `fence`; `false` if the fence is not current any more. Blocks that

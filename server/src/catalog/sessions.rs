@@ -85,8 +85,13 @@ pub(crate) struct NewSession<'a> {
     pub agent: AgentId,
     pub domain: DomainId,
     pub resume_of: Option<SessionId>,
+    /// Whether what it is told to be known must stay so: it writes.
+    pub writes: bool,
     pub now_ns: i64,
 }
+
+/// The epoch of a lease that holds nothing back: later than any.
+const NO_EPOCH: u64 = i64::MAX as u64;
 
 /// State, receipt, successor, epoch.
 type OldSession = (String, Option<Vec<u8>>, Option<Vec<u8>>, i64);
@@ -140,7 +145,7 @@ impl Catalog {
                 .fetch_one(&mut **transaction)
                 .await
                 .map_err(sql(doing))?;
-        let epoch = epoch.unwrap_or(unsigned(current));
+        let epoch = if new.writes { epoch.unwrap_or(unsigned(current)) } else { NO_EPOCH };
         sqlx::query("INSERT INTO sessions (id, repository, tenant, agent, domain, state, opened_ns) VALUES (?, ?, ?, ?, ?, 'open', ?)")
             .bind(new.session.as_bytes().as_slice())
             .bind(new.repository)

@@ -1,15 +1,39 @@
 //! Rows of `snapshots`.
 
-use sqlx::{Sqlite, Transaction};
+use sqlx::sqlite::SqliteRow;
+use sqlx::{Row, Sqlite, Transaction};
 use strandline_messages::format::manifest::ManifestV1;
 use strandline_messages::format::receipt::ReceiptV1;
 use strandline_messages::{DomainId, SnapshotId};
 
+use super::keeping::{self, DeletionRow};
 use super::sessions::{Lease, end_lease};
 use super::{Catalog, CatalogError, id, signed, sql, unsigned};
 
-/// A snapshot in a listing: its place in the repository's order of commits, its manifest, its receipt.
-pub type SnapshotRow = (u64, Vec<u8>, Vec<u8>);
+/// A snapshot in a listing.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SnapshotRow {
+    /// Its place in the repository's order of commits.
+    pub place: u64,
+    /// Its signed manifest.
+    pub manifest: Vec<u8>,
+    /// The receipt.
+    pub receipt: Vec<u8>,
+    /// Encoded tags that replace the manifest's.
+    pub tags: Option<Vec<u8>>,
+    /// Whether nobody can delete it.
+    pub protected: bool,
+    /// That it was deleted.
+    pub deletion: Option<DeletionRow>,
+}
+
+/// A snapshot as garbage collection sees it: a root to walk from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct RootRow {
+    pub id: SnapshotId,
+    pub domain: DomainId,
+    pub manifest: Vec<u8>,
+}
 
 /// What a commit finds when its transaction has begun.
 #[derive(Debug)]
@@ -42,23 +66,32 @@ impl Catalog {
         query.fetch_optional(self.pool()).await.map_err(sql("look up a snapshot"))
     }
 
-    /// Up to `limit` snapshots after place `after`, in order.
+    /// Up to `limit` snapshots after place `after`, in order: the kept ones, or the deleted ones.
     pub(crate) async fn snapshots(
         &self,
         repository: i64,
+        deleted: bool,
         after: u64,
         limit: usize,
     ) -> Result<Vec<SnapshotRow>, CatalogError> {
-        let rows: Vec<(i64, Vec<u8>, Vec<u8>)> = sqlx::query_as(
-            "SELECT place, manifest, receipt FROM snapshots WHERE repository = ? AND place > ? ORDER BY place LIMIT ?",
+        let rows: Vec<SqliteRow> = sqlx::query(
+            "SELECT place, manifest, receipt, tags, protected, deleted_ns, final_ns, deleted_by, deleted_why \
+             FROM snapshots WHERE repository = ? AND (deleted_ns IS NOT NULL) = ? AND place > ? ORDER BY place LIMIT ?",
         )
         .bind(repository)
+        .bind(deleted)
         .bind(i64::try_from(after).unwrap_or(i64::MAX))
         .bind(i64::try_from(limit).unwrap_or(i64::MAX))
         .fetch_all(self.pool())
         .await
         .map_err(sql("list the snapshots"))?;
-        Ok(rows.into_iter().map(|(place, manifest, receipt)| (unsigned(place), manifest, receipt)).collect())
+        let row = |row: SqliteRow| {
+            let ((place, manifest, receipt, tags, protected), deletion) =
+                snapshot_columns(&row).map_err(sql("list the snapshots"))?;
+            let (place, protected) = (unsigned(place), protected != 0);
+            Ok(SnapshotRow { place, manifest, receipt, tags, protected, deletion: keeping::deletion(deletion)? })
+        };
+        rows.into_iter().map(row).collect()
     }
 
     /// The ids of all snapshots of a repository.
@@ -83,10 +116,46 @@ impl Catalog {
         row.map(|bytes| id("writer domain", &bytes, DomainId::from_slice)).transpose()
     }
 
-    /// How many snapshots a repository has.
-    pub(crate) async fn snapshot_count(&self, repository: i64) -> Result<u64, CatalogError> {
-        let query = sqlx::query_scalar("SELECT count(*) FROM snapshots WHERE repository = ?").bind(repository);
-        query.fetch_one(self.pool()).await.map(unsigned).map_err(sql("count the snapshots"))
+    /// How many snapshots a repository keeps, and how many are deleted and not purged.
+    pub(crate) async fn snapshot_count(&self, repository: i64) -> Result<(u64, u64), CatalogError> {
+        let query =
+            "SELECT count(*) FILTER (WHERE deleted_ns IS NULL), count(deleted_ns) FROM snapshots WHERE repository = ?";
+        let query = sqlx::query_as(query).bind(repository);
+        let (kept, deleted): (i64, i64) = query.fetch_one(self.pool()).await.map_err(sql("count the snapshots"))?;
+        Ok((unsigned(kept), unsigned(deleted)))
+    }
+
+    /// Every snapshot that is not purged, deleted ones among them, after place `after`, and the count of commits at the same
+    /// moment; up to `limit`. The last place is returned, too.
+    pub(crate) async fn roots(
+        &self,
+        repository: i64,
+        after: u64,
+        limit: usize,
+    ) -> Result<(Vec<(u64, RootRow)>, u64), CatalogError> {
+        let doing = "list the snapshots";
+        let mut reading = self.pool().begin().await.map_err(sql(doing))?;
+        // The first read fixes the moment that both see.
+        let commits: i64 = sqlx::query_scalar("SELECT commits FROM repositories WHERE number = ?")
+            .bind(repository)
+            .fetch_one(&mut *reading)
+            .await
+            .map_err(sql(doing))?;
+        let rows: Vec<(i64, Vec<u8>, Vec<u8>, Vec<u8>)> = sqlx::query_as(
+            "SELECT place, id, domain, manifest FROM snapshots WHERE repository = ? AND place > ? ORDER BY place LIMIT ?",
+        )
+        .bind(repository)
+        .bind(i64::try_from(after).unwrap_or(i64::MAX))
+        .bind(i64::try_from(limit).unwrap_or(i64::MAX))
+        .fetch_all(&mut *reading)
+        .await
+        .map_err(sql(doing))?;
+        let row = |(place, snapshot, domain, manifest): (i64, Vec<u8>, Vec<u8>, Vec<u8>)| {
+            let id_of = id("snapshot id", &snapshot, SnapshotId::from_slice)?;
+            let domain = id("writer domain", &domain, DomainId::from_slice)?;
+            Ok((unsigned(place), RootRow { id: id_of, domain, manifest }))
+        };
+        Ok((rows.into_iter().map(row).collect::<Result<_, CatalogError>>()?, unsigned(commits)))
     }
 }
 
@@ -131,12 +200,12 @@ pub(crate) async fn commit_state(
             return Ok(CommitState::Moved);
         }
     }
-    let last: Option<i64> = sqlx::query_scalar("SELECT max(place) FROM snapshots WHERE repository = ?")
+    let last: i64 = sqlx::query_scalar("SELECT last_place FROM repositories WHERE number = ?")
         .bind(repository)
         .fetch_one(&mut **transaction)
         .await
         .map_err(sql(doing))?;
-    Ok(CommitState::Ready { order: unsigned(last.unwrap_or(0)) + 1 })
+    Ok(CommitState::Ready { order: unsigned(last) + 1 })
 }
 
 /// Whether a place in the order of commits is taken.
@@ -180,8 +249,22 @@ pub(crate) async fn insert(
     .bind(receipt_bytes)
     .execute(&mut **transaction)
     .await
-    .map(|_| ())
-    .map_err(sql("commit a snapshot"))
+    .map_err(sql("commit a snapshot"))?;
+    sqlx::query("UPDATE repositories SET last_place = max(last_place, ?) WHERE number = ?")
+        .bind(signed(receipt.order))
+        .bind(repository)
+        .execute(&mut **transaction)
+        .await
+        .map_err(sql("commit a snapshot"))?;
+    keeping::count_commit(transaction, repository).await
+}
+
+type SnapshotColumns = (i64, Vec<u8>, Vec<u8>, Option<Vec<u8>>, i64);
+type DeletionColumns = (Option<i64>, Option<i64>, Option<Vec<u8>>, Option<String>);
+
+fn snapshot_columns(row: &SqliteRow) -> Result<(SnapshotColumns, DeletionColumns), sqlx::Error> {
+    let kept = (row.try_get(0)?, row.try_get(1)?, row.try_get(2)?, row.try_get(3)?, row.try_get(4)?);
+    Ok((kept, (row.try_get(5)?, row.try_get(6)?, row.try_get(7)?, row.try_get(8)?)))
 }
 
 /// Records the lease's session as committed, if it is open under this fence, and ends the lease.

@@ -17,6 +17,7 @@ use strandline_messages::{AgentId, ChunkId, SnapshotId, limits};
 
 use super::check::verify_manifest;
 use super::completeness::{Checked, Walk, flag_trees};
+use super::keeping::Decided;
 use super::state::State;
 use super::{EngineError, Lease, blocking, on_own_thread};
 use crate::catalog::snapshots::{self, CommitState};
@@ -41,6 +42,10 @@ pub(crate) async fn commit(state: &Arc<State>, lease: &Lease, bytes: Bytes) -> R
     let snapshot = snapshot_id(&bytes);
     let committed = state.common.catalog.receipt(state.number, &snapshot).await?.is_some();
     if !committed {
+        if state.common.catalog.is_purged(state.number, &snapshot).await? {
+            let reason = "this very snapshot was deleted for good; back up again to make a new one".to_owned();
+            return Ok(CommitOutcome::Refused { reason });
+        }
         state.assert_current(lease)?;
     }
     for _ in 0..ATTEMPTS_MAX {
@@ -165,8 +170,10 @@ fn read_receipt(state: &State, snapshot: &SnapshotId) -> Option<ReceiptV1> {
 }
 
 /// Gives every manifest file without a row its row, if all that it refers to is known; in the order of their receipts.
-pub(crate) async fn restore_rows(state: &Arc<State>) -> Result<(), EngineError> {
-    let rows: HashSet<SnapshotId> = state.common.catalog.snapshot_ids(state.number).await?.into_iter().collect();
+/// What was purged stays so.
+pub(crate) async fn restore_rows(state: &Arc<State>, decided: &Decided) -> Result<(), EngineError> {
+    let mut rows: HashSet<SnapshotId> = state.common.catalog.snapshot_ids(state.number).await?.into_iter().collect();
+    rows.extend(decided.purged.keys());
     let orphans = {
         let state = Arc::clone(state);
         blocking(move || list_orphans(&state, &rows)).await?

@@ -114,7 +114,7 @@ fn flag_block(
             flags.push((row.id, Copy { pack, offset, bytes, position, kind, complete: true }));
         }
     }
-    state.index.flag(domain, &flags, true)?;
+    state.flag_complete(domain, &flags)?;
     Ok(flags.len() == rows.len())
 }
 
@@ -259,7 +259,7 @@ impl<'a> Walk<'a> {
         if node.complete && self.revive.is_empty() {
             let states = self.state.blocks.blocking_read();
             if states.generation == self.generation {
-                self.state.index.flag(self.domain, &[(node.id, copy)], true)?;
+                self.state.flag_complete(self.domain, &[(node.id, copy)])?;
             }
         }
         self.settle(node.id, node.complete);

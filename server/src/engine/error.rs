@@ -34,6 +34,42 @@ pub enum EngineError {
         /// The snapshot.
         snapshot: SnapshotId,
     },
+    /// The repository is being closed.
+    #[error("the repository is being closed; what was done so far is complete, the next run goes on from there")]
+    Stopping,
+    /// A tree cannot be walked, so nothing may be called garbage.
+    #[error(
+        "nothing was freed: {reason}, and what lies below it cannot be told from garbage; everything intact stays readable; run `strand check` to find what is affected, then back up again to heal it, or delete the snapshots that need it"
+    )]
+    Unwalkable {
+        /// What was met.
+        reason: String,
+    },
+    /// A live block could not be stored again.
+    #[error("a block could not be moved to another pack: {reason}; it stays where it is, nothing is lost")]
+    Moving {
+        /// Why.
+        reason: String,
+    },
+    /// The repository's settings forbid it.
+    #[error(
+        "agents may not delete snapshots of this repository; nothing was changed; the server's own policy deletes, or its administrator"
+    )]
+    AgentsMayNotDelete,
+    /// Tags without the signature of a full key.
+    #[error("the tags were not changed: they are not signed by a holder of the full capability")]
+    BadTags,
+    /// The journal of what was decided about snapshots cannot be read.
+    #[error(
+        "{} is damaged (lines {lines:?}): a damaged line may have deleted or protected a snapshot; nothing was changed; restore the file from a copy, or remove those lines to go on without what they said",
+        path.display()
+    )]
+    JournalDamaged {
+        /// The journal.
+        path: PathBuf,
+        /// Numbers of the damaged lines, from 1.
+        lines: Vec<u64>,
+    },
     /// The tenant has a repository of that name or id.
     #[error("the repository `{name}` exists already; nothing was changed; use it, or choose another name")]
     AlreadyExists {
@@ -72,7 +108,7 @@ pub enum EngineError {
     },
     /// Commit and maintenance kept overtaking each other.
     #[error(
-        "the snapshot was not committed: maintenance changed the repository {attempts} times while it was checked; everything sent is safe; commit again"
+        "commits and maintenance kept overtaking each other ({attempts} times); nothing was lost or freed; try again"
     )]
     Busy {
         /// How often it was tried.

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 
 use strandline_messages::ChunkKind;
+use strandline_messages::format::pack_state::{RecordedState, StateRecordV1};
 
 use crate::catalog::repositories::BlockPlace;
 use crate::index::Copy;
@@ -60,7 +61,17 @@ pub(crate) struct BlockStates {
 }
 
 impl BlockStates {
-    pub fn new(exceptions: HashMap<BlockPlace, BlockState>) -> Self {
+    /// From the catalog's rows and what the state files of packs say, which is final.
+    pub fn new(mut exceptions: HashMap<BlockPlace, BlockState>, recorded: &HashMap<u32, Vec<StateRecordV1>>) -> Self {
+        for (pack, records) in recorded {
+            for record in records {
+                let state = match record.state {
+                    RecordedState::Freed => BlockState::Freed,
+                    RecordedState::Withdrawn => BlockState::Withdrawn,
+                };
+                exceptions.insert((*pack, record.offset), state);
+            }
+        }
         Self { exceptions, generation: 0 }
     }
 
@@ -78,6 +89,16 @@ impl BlockStates {
         } else {
             self.exceptions.insert(place, state);
         }
+    }
+
+    /// How many blocks are in such a state, among those that are not live.
+    pub fn count(&self, which: impl Fn(BlockState) -> bool) -> u64 {
+        self.exceptions.values().filter(|state| which(**state)).count() as u64
+    }
+
+    /// The blocks that are not live, in no order.
+    pub fn exceptions(&self) -> impl Iterator<Item = (BlockPlace, BlockState)> {
+        self.exceptions.iter().map(|(place, state)| (*place, *state))
     }
 
     pub fn copy(&self, copy: &Copy) -> CopyState {

@@ -3,7 +3,7 @@
 //! The index is caught up from footers and chunk tables alone; bodies are read only where a pack has to be scanned. A table
 //! that rotted can at worst hide a chunk, which is then sent again: the digest is compared whenever a block is read.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
@@ -12,14 +12,16 @@ use std::sync::Arc;
 use strandline_messages::format::FormatError;
 use strandline_messages::format::block::{BlockHeaderV1, FIXED_HEADER_BYTES, TableRows};
 use strandline_messages::format::pack::FooterEntry;
+use strandline_messages::format::pack_state::StateRecordV1;
 use strandline_messages::{ChunkId, ChunkKind, DomainId, RepositoryId};
 
-use super::state::TreeBlock;
+use super::state::{PackRange, TreeBlock};
 use super::{Common, EngineError};
 use crate::index::engine::SegmentIndex;
 use crate::index::{ChunkIndex, Copy, IndexError};
 use crate::storage::layout::{RepositoryPaths, pack_number};
 use crate::storage::pack_file::{self, PackContents, PackInfo};
+use crate::storage::pack_state;
 use crate::storage::{StorageError, files};
 
 /// A repository's packs and index after recovery.
@@ -28,6 +30,10 @@ pub(crate) struct Recovered {
     pub packs: Vec<PackInfo>,
     pub index: SegmentIndex,
     pub next_pack: u32,
+    /// What the packs' state files say.
+    pub recorded: HashMap<u32, Vec<StateRecordV1>>,
+    /// The blocks of packs that had no footer: what was being written when the process before ended.
+    pub unsealed: Vec<PackRange>,
     /// Tree blocks that the index did not hold, or whose flags a crash may have lost, in the order of packs.
     pub trees: Vec<(DomainId, TreeBlock)>,
 }
@@ -46,7 +52,12 @@ pub(crate) fn recover(
     let (numbers, next_pack) = list_packs(paths)?;
     let mut packs = BTreeMap::new();
     let mut scanned = HashMap::new();
+    let mut recorded = HashMap::new();
     for number in numbers {
+        let records = pack_state::read(paths, repository, number)?;
+        if !records.is_empty() {
+            recorded.insert(number, records);
+        }
         match open_pack(common, paths, repository, number, rows.get(&number))? {
             None => {}
             Some(Opened::Known(info)) => {
@@ -58,14 +69,24 @@ pub(crate) fn recover(
             }
         }
     }
-    let (index, trees) = match catch_up(common, paths, repository, &packs, &scanned, false) {
+    let unsealed = scanned.values().map(|contents: &PackContents| PackRange {
+        pack: contents.info.number,
+        start: 0,
+        end: contents.info.blocks_end,
+    });
+    let unsealed = unsealed.collect();
+    let gone = recorded.iter().flat_map(|(&pack, records): (&u32, &Vec<StateRecordV1>)| {
+        records.iter().map(move |record| (pack, record.offset))
+    });
+    let found = Found { packs: &packs, scanned: &scanned, gone: gone.collect() };
+    let (index, trees) = match catch_up(common, paths, repository, &found, false) {
         Err(EngineError::Index(error @ IndexError::Damaged { .. })) => {
             tracing::warn!(%error, "the chunk index is built again from the packs");
-            catch_up(common, paths, repository, &packs, &scanned, true)?
+            catch_up(common, paths, repository, &found, true)?
         }
         other => other?,
     };
-    Ok(Recovered { packs: packs.into_values().collect(), index, next_pack, trees })
+    Ok(Recovered { packs: packs.into_values().collect(), index, next_pack, recorded, unsealed, trees })
 }
 
 /// The numbers of the packs, ascending, and the next one to use; a number is never used twice.
@@ -135,14 +156,22 @@ fn set_aside(paths: &RepositoryPaths, number: u32) -> Result<(), EngineError> {
 
 type CaughtUp = (SegmentIndex, Vec<(DomainId, TreeBlock)>);
 
+/// What was found of the packs.
+struct Found<'a> {
+    packs: &'a BTreeMap<u32, PackInfo>,
+    scanned: &'a HashMap<u32, PackContents>,
+    /// Blocks that were freed or withdrawn.
+    gone: HashSet<(u32, u32)>,
+}
+
 fn catch_up(
     common: &Common,
     paths: &RepositoryPaths,
     repository: RepositoryId,
-    packs: &BTreeMap<u32, PackInfo>,
-    scanned: &HashMap<u32, PackContents>,
+    found: &Found<'_>,
     anew: bool,
 ) -> Result<CaughtUp, EngineError> {
+    let (packs, scanned) = (found.packs, found.scanned);
     let directory = paths.index();
     let open = if anew { SegmentIndex::anew } else { SegmentIndex::open };
     let index = open(&directory, Arc::clone(&common.cache), common.sizes.index_flush_entries)?;
@@ -163,7 +192,7 @@ fn catch_up(
             Some(contents) => contents.blocks.clone(),
             None => pack_file::contents(&file, &path, info.number, info.domain, repository)?.blocks,
         };
-        for block in &blocks {
+        for block in blocks.iter().filter(|block| !found.gone.contains(&(info.number, block.offset))) {
             if block.offset >= covered {
                 insert_block(&index, info, &file, &path, block)?;
             }

@@ -1,6 +1,7 @@
 //! One open repository: sessions, queries, blocks in, snapshots, blocks out.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use bytes::Bytes;
 use strandline_actors::runtime::clock;
@@ -9,10 +10,16 @@ use strandline_messages::format::repository::RepositoryV1;
 use strandline_messages::{AgentId, ChunkId, ChunkKind, DomainId, Durable, Sequence, SessionId, SnapshotId, limits};
 
 use super::completeness::{flag_trees, flag_unordered_trees};
+use super::keeping::{self, Keeping};
 use super::known::{BlockState, BlockStates, is_known};
-use super::state::State;
+use super::settings::nanoseconds;
+#[cfg(test)]
+use super::state::Publication;
+use super::state::{PackRange, State};
 use super::{Common, EngineError, Lease, Opened, SessionEnd, SessionRow, StoreError, blocking, commit, packs};
-use crate::catalog::repositories::{BlockPlace, RepositoryRow};
+#[cfg(test)]
+use crate::catalog::repositories::BlockPlace;
+use crate::catalog::repositories::RepositoryRow;
 use crate::catalog::sessions::NewSession;
 use crate::catalog::snapshots::SnapshotRow;
 use crate::storage::pack_writer::{NewBlock, PackSink, PackWriter};
@@ -69,35 +76,47 @@ pub struct Totals {
     pub packs: u64,
     /// Blocks in them.
     pub blocks: u64,
-    /// Their length, bytes.
+    /// What they take on disk, bytes.
     pub stored_bytes: u64,
     /// Copies of chunks in the index; those whose flag changed may count twice for a while.
     pub chunks: u64,
-    /// Snapshots.
+    /// Snapshots that are kept.
     pub snapshots: u64,
+    /// Deleted ones that can be brought back.
+    pub deleted: u64,
+    /// Blocks that wait to be freed.
+    pub condemned: u64,
+    /// Blocks that were found damaged.
+    pub damaged: u64,
 }
 
 /// An open repository. Lives until the engine is closed; afterwards its methods answer with errors.
 #[derive(Debug)]
 pub struct Repository {
     // The writer's thread holds the state too; it is joined when the writer is dropped.
-    writer: Arc<PackWriter>,
-    state: Arc<State>,
+    pub(super) writer: Arc<PackWriter>,
+    pub(super) state: Arc<State>,
 }
 
 impl Repository {
     pub(super) async fn open(common: Arc<Common>, row: RepositoryRow, file: RepositoryV1) -> Result<Self, EngineError> {
         let paths = common.paths.repository(&row.tenant, &file.id);
         let rows = common.catalog.packs(row.number).await?;
-        let states = BlockStates::new(common.catalog.block_states(row.number).await?);
-        let recovered = {
+        let states = common.catalog.block_states(row.number).await?;
+        let (recovered, keeping, decided) = {
             let (common, paths, id) = (Arc::clone(&common), paths.clone(), file.id);
             let rows = rows.clone();
-            blocking(move || packs::recover(&common, &paths, id, &rows)).await?
+            blocking(move || {
+                let recovered = packs::recover(&common, &paths, id, &rows)?;
+                let (keeping, decided) = Keeping::open(&paths.keeping_journal())?;
+                Ok((recovered, keeping, decided))
+            })
+            .await?
         };
+        let states = BlockStates::new(states, &recovered.recorded);
         let (ops, options) = (Arc::clone(&common.ops), common.writer);
         let id = file.id;
-        let state = State::new(common, row, file, paths.clone(), Box::new(recovered.index), states);
+        let state = State::new(common, row, file, paths.clone(), Box::new(recovered.index), states, keeping);
         let state = Arc::new(state);
         for pack in recovered.packs {
             if rows.get(&pack.number) == Some(&pack) { state.pack_known(pack) } else { state.pack_changed(pack) }
@@ -110,7 +129,9 @@ impl Repository {
         let writer = Arc::new(PackWriter::new(ops, paths, id, recovered.next_pack, options, sink));
         let repository = Self { writer, state };
         repository.record_packs().await?;
-        commit::restore_rows(&repository.state).await?;
+        commit::restore_rows(&repository.state, &decided).await?;
+        keeping::apply(&repository.state, decided).await?;
+        repository.keep_what_was_left_open(recovered.unsealed).await?;
         Ok(repository)
     }
 
@@ -140,6 +161,28 @@ impl Repository {
         .await
     }
 
+    /// Sessions that a crash left open may be resumed: what they stored, as far as it can be told, is kept for a while.
+    async fn keep_what_was_left_open(&self, unsealed: Vec<PackRange>) -> Result<(), EngineError> {
+        let left_open = self.state.common.catalog.earliest_lease(self.state.number).await?.is_some();
+        if left_open { self.keep_uncommitted(&unsealed).await } else { Ok(()) }
+    }
+
+    async fn keep_uncommitted(&self, ranges: &[PackRange]) -> Result<(), EngineError> {
+        let until_ns = clock::wall_ns().saturating_add(nanoseconds(self.settings().await?.keep_uncommitted));
+        Ok(self.state.common.catalog.keep_uncommitted(self.state.number, ranges, until_ns).await?)
+    }
+
+    /// Opens a session of `agent` that only reads: nothing is held back for it but the snapshots that it pins.
+    pub async fn open_reading_session(
+        &self,
+        session: SessionId,
+        agent: AgentId,
+        domain: DomainId,
+        resume_of: Option<SessionId>,
+    ) -> Result<Opened, EngineError> {
+        self.begin_session(session, agent, domain, resume_of, false).await
+    }
+
     /// Opens a session of `agent` that writes in `domain`. One transaction: if the session that it resumes has committed, its
     /// receipt is the answer; if that session is open, it ends as failed and its epoch moves to the new session's lease.
     /// A session to resume that is not one of this agent, domain and repository is ignored.
@@ -150,10 +193,21 @@ impl Repository {
         domain: DomainId,
         resume_of: Option<SessionId>,
     ) -> Result<Opened, EngineError> {
+        self.begin_session(session, agent, domain, resume_of, true).await
+    }
+
+    async fn begin_session(
+        &self,
+        session: SessionId,
+        agent: AgentId,
+        domain: DomainId,
+        resume_of: Option<SessionId>,
+        writes: bool,
+    ) -> Result<Opened, EngineError> {
         let catalog = &self.state.common.catalog;
         let tenant = self.state.tenant.as_str();
         let (repository, now_ns) = (self.state.number, clock::wall_ns());
-        let new = NewSession { repository, tenant, session, agent, domain, resume_of, now_ns };
+        let new = NewSession { repository, tenant, session, agent, domain, resume_of, writes, now_ns };
         if catalog.session_exists(&session).await? {
             return Err(EngineError::SessionExists { session });
         }
@@ -251,15 +305,14 @@ impl Repository {
         Ok(self.state.common.catalog.sessions(self.state.number, limit).await?)
     }
 
-    /// Up to `limit` snapshots after place `after_order` in the order of commits: place, manifest, receipt.
+    /// Up to `limit` kept snapshots after place `after_order` in the order of commits.
     pub async fn snapshots(&self, after_order: u64, limit: usize) -> Result<Vec<SnapshotRow>, EngineError> {
-        Ok(self.state.common.catalog.snapshots(self.state.number, after_order, limit).await?)
+        Ok(self.state.common.catalog.snapshots(self.state.number, false, after_order, limit).await?)
     }
 
-    /// The writer domain of a snapshot, in which its chunks are looked for.
-    pub async fn domain_of(&self, snapshot: SnapshotId) -> Result<DomainId, EngineError> {
-        let domain = self.state.common.catalog.snapshot_domain(self.state.number, &snapshot).await?;
-        domain.ok_or(EngineError::NoSuchSnapshot { snapshot })
+    /// The same of the deleted snapshots that can still be brought back.
+    pub async fn deleted_snapshots(&self, after_order: u64, limit: usize) -> Result<Vec<SnapshotRow>, EngineError> {
+        Ok(self.state.common.catalog.snapshots(self.state.number, true, after_order, limit).await?)
     }
 
     /// Where the chunks of a domain lie; a live copy before a condemned one. `None`: there is no copy that can be read.
@@ -291,24 +344,33 @@ impl Repository {
 
     /// Sizes, for `status`.
     pub async fn totals(&self) -> Result<Totals, EngineError> {
-        let (packs, blocks, stored_bytes) = self.state.pack_totals();
+        let (packs, blocks, stored_bytes) = {
+            let state = Arc::clone(&self.state);
+            blocking(move || Ok(state.pack_totals())).await?
+        };
         let chunks = self.state.index.entries();
-        let snapshots = self.state.common.catalog.snapshot_count(self.state.number).await?;
-        Ok(Totals { packs, blocks, stored_bytes, chunks, snapshots })
+        let (snapshots, deleted) = self.state.common.catalog.snapshot_count(self.state.number).await?;
+        let states = self.state.blocks.read().await;
+        let condemned = states.count(|state| matches!(state, BlockState::Condemned { .. } | BlockState::Freeing));
+        let damaged = states.count(|state| state == BlockState::Withdrawn);
+        Ok(Totals { packs, blocks, stored_bytes, chunks, snapshots, deleted, condemned, damaged })
     }
 
-    /// Publishes what became of blocks, and takes the complete flag off the tree chunks `unflag`: one catalog transaction, and
-    /// no query or check in between sees half of it. `Condemned` gets the current epoch, which is returned and then passes.
-    pub async fn publish_block_states(
+    /// Publishes states of blocks as maintenance does, and takes the complete flag off the tree chunks `unflag`.
+    #[cfg(test)]
+    pub(crate) async fn publish_block_states(
         &self,
         changes: Vec<(BlockPlace, BlockState)>,
         unflag: Vec<ChunkId>,
     ) -> Result<u64, EngineError> {
-        self.state.publish_block_states(changes, unflag).await
+        let published = self.state.publish(Publication { changes, unflag, commits_seen: None }).await?;
+        Ok(published.unwrap_or_default())
     }
 
     pub(super) async fn close(&self) -> Result<(), EngineError> {
         let (writer, state) = (Arc::clone(&self.writer), Arc::clone(&self.state));
+        state.stopping.store(true, Ordering::Relaxed);
+        let _no_maintenance = self.state.maintaining.lock().await;
         blocking(move || {
             writer.close();
             Ok(state.index.close()?)
@@ -317,7 +379,7 @@ impl Repository {
         self.record_packs().await
     }
 
-    async fn record_packs(&self) -> Result<(), EngineError> {
+    pub(super) async fn record_packs(&self) -> Result<(), EngineError> {
         let packs = self.state.take_changed_packs();
         let recorded = self.state.common.catalog.record_packs(self.state.number, &packs).await;
         if recorded.is_err() {
@@ -330,7 +392,13 @@ impl Repository {
 
     async fn flag_and_dismiss(&self, session: SessionId, domain: DomainId) -> Result<(), EngineError> {
         let state = Arc::clone(&self.state);
-        blocking(move || flag_trees(&state, domain, state.dismiss(&session)).map(|_| ())).await
+        let ranges = blocking(move || {
+            let (trees, ranges) = state.dismiss(&session);
+            flag_trees(&state, domain, trees)?;
+            Ok(ranges)
+        })
+        .await?;
+        self.keep_uncommitted(&ranges).await
     }
 }
 

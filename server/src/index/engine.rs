@@ -8,6 +8,7 @@
 //! manifest names it. A pack's covered position in the manifest never lies beyond what the named segments hold. After damage
 //! was seen the manifest is removed and never written again, so that the next start builds the index from the packs.
 
+use std::collections::{BTreeSet, HashSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -19,7 +20,7 @@ use strandline_messages::{ChunkId, DomainId};
 
 use super::cache::PageCache;
 use super::entry::Entry;
-use super::manifest::{self, IndexManifest};
+use super::manifest::{self, DROPPED, IndexManifest};
 use super::memory::MemoryTable;
 use super::merge::{Merge, merge_due};
 use super::segment::{self, Segment};
@@ -46,6 +47,8 @@ struct Shared {
     /// Changed only while `book` is held; locked for no longer than it takes to copy or replace the pointer.
     tables: RwLock<Arc<Tables>>,
     domains: RwLock<Vec<DomainId>>,
+    /// Packs that are gone: their entries count no more, and merges leave them out.
+    dropped: RwLock<HashSet<u32>>,
     /// What the manifest on disk says.
     book: Mutex<IndexManifest>,
     /// Held while a frozen table is written; taken before `book`.
@@ -88,6 +91,7 @@ impl SegmentIndex {
             active: RwLock::default(),
             tables: RwLock::new(Arc::new(Tables { frozen: Vec::new(), segments })),
             domains: RwLock::new(book.domains.clone()),
+            dropped: RwLock::new(book.dropped().collect()),
             book: Mutex::new(book),
             flushing: Mutex::default(),
             signal: Mutex::default(),
@@ -215,7 +219,36 @@ impl ChunkIndex for SegmentIndex {
     }
 
     fn covered_packs(&self) -> Vec<u32> {
-        self.shared.book.lock().covered.keys().copied().collect()
+        let book = self.shared.book.lock();
+        book.covered.iter().filter(|(_, covered)| **covered != DROPPED).map(|(pack, _)| *pack).collect()
+    }
+
+    fn drop_pack(&self, pack: u32) -> Result<(), IndexError> {
+        let mut book = self.shared.book.lock();
+        let mut next = book.clone();
+        next.covered.insert(pack, DROPPED);
+        self.shared.publish(&mut book, next)?;
+        self.shared.dropped.write().insert(pack);
+        Ok(())
+    }
+
+    fn chunks_at(&self, pack: u32, offset: u32) -> Result<Vec<ChunkId>, IndexError> {
+        let here = |entry: &Entry| entry.copy.pack == pack && entry.copy.offset == offset;
+        let mut found = BTreeSet::new();
+        let mut note = |entry: Entry| {
+            if here(&entry) {
+                found.insert((entry.copy.position, entry.id));
+            }
+        };
+        self.shared.active.read().sorted().into_iter().for_each(&mut note);
+        let tables = self.shared.tables();
+        tables.frozen.iter().flat_map(|table| table.sorted()).for_each(&mut note);
+        for segment in &tables.segments {
+            for entry in segment.scan() {
+                note(entry.inspect_err(|error| self.shared.note(error))?);
+            }
+        }
+        Ok(found.into_iter().map(|(_, id)| id).collect())
     }
 
     fn domains(&self) -> Vec<DomainId> {
@@ -303,6 +336,12 @@ impl Shared {
                 finder.find(id, keep).inspect_err(|error| self.note(error))?;
             }
         }
+        {
+            let dropped = self.dropped.read();
+            if !dropped.is_empty() {
+                rows.retain(|(_, copy)| !dropped.contains(&copy.pack));
+            }
+        }
         // Stable: for one id the newest source stays in front.
         rows.sort_by_key(|&(at, _)| at);
         Ok(Found::new(without_old_versions(rows)))
@@ -378,7 +417,10 @@ impl Shared {
         let old = self.tables();
         let mut next = IndexManifest { domains: self.domains.read().clone(), ..book.clone() };
         next.segments.insert(0, number);
-        next.covered.extend(table.covered.iter().map(|(&pack, &covered)| (pack, covered)));
+        for (&pack, &covered) in &table.covered {
+            // A pack that was dropped while the table waited stays so.
+            next.covered.entry(pack).and_modify(|known| *known = (*known).max(covered)).or_insert(covered);
+        }
         self.publish(&mut book, next)?;
         let (_, frozen) = old.frozen.split_last().unzip();
         let segments = [segment].into_iter().chain(old.segments.iter().cloned()).collect();
@@ -393,7 +435,8 @@ impl Shared {
         let Some(run) = merge_due(&sizes).and_then(|count| segments.get(..count)) else { return Ok(false) };
         let number = self.new_number();
         let entries: u64 = run.iter().map(|segment| segment.entries).sum();
-        let merged = Merge::of(run);
+        let dropped = self.dropped.read().clone();
+        let merged = Merge::of(run).filter(|entry| !matches!(entry, Ok(entry) if dropped.contains(&entry.copy.pack)));
         segment::write(&self.directory, number, usize::try_from(entries).unwrap_or(usize::MAX), merged)?;
         let merged = Arc::new(Segment::open(&self.directory, number, Arc::clone(&self.cache))?);
         let gone = |candidate: u64| run.iter().any(|segment| segment.number == candidate);
@@ -533,6 +576,30 @@ mod tests {
         index.sync().unwrap();
         drop(index);
         assert_eq!(found(&open(dir.path(), 3), id(1)), [copy(1, 96)], "synced changes survive a crash");
+    }
+
+    #[test]
+    fn a_dropped_pack_is_forgotten_for_good_and_its_entries_disappear_with_the_next_merge() {
+        let dir = tempfile::tempdir().unwrap();
+        let index = open(dir.path(), 4);
+        for i in 0..40u32 {
+            index.insert(DOMAIN, 1 + i % 2, 100 + i, &[(id(i), copy(1 + i % 2, i))]).unwrap();
+        }
+        assert_eq!(index.chunks_at(1, 6).unwrap(), [id(6)]);
+        index.drop_pack(1).unwrap();
+        let check = |index: &SegmentIndex| {
+            assert_eq!(found(index, id(6)), []);
+            assert_eq!(found(index, id(7)), [copy(2, 7)]);
+            assert_eq!(index.covered_packs(), [2]);
+        };
+        // What is in memory only must not bring it back.
+        index.sync().unwrap();
+        check(&index);
+        index.close().unwrap();
+        let index = open(dir.path(), 4);
+        check(&index);
+        while index.shared.merge_once().unwrap() {}
+        check(&index);
     }
 
     #[test]

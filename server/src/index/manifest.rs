@@ -19,6 +19,9 @@ const VERSION: u16 = 1;
 /// Longest manifest that is read, bytes: room for 8 million packs.
 const MANIFEST_BYTES_MAX: usize = 64 << 20;
 
+/// What stands for a pack that is gone instead of how far it is indexed.
+pub const DROPPED: u32 = u32::MAX;
+
 /// What survives a crash.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct IndexManifest {
@@ -26,7 +29,7 @@ pub struct IndexManifest {
     pub next_segment: u64,
     /// The domains; an entry names one by its place here.
     pub domains: Vec<DomainId>,
-    /// How far each pack is indexed, bytes from its start.
+    /// How far each pack is indexed, bytes from its start; [`DROPPED`] for those that are gone.
     pub covered: BTreeMap<u32, u32>,
     /// The segments, newest first.
     pub segments: Vec<u64>,
@@ -38,6 +41,11 @@ pub fn path(directory: &Path) -> PathBuf {
 }
 
 impl IndexManifest {
+    /// The packs that are gone.
+    pub fn dropped(&self) -> impl Iterator<Item = u32> {
+        self.covered.iter().filter(|(_, covered)| **covered == DROPPED).map(|(pack, _)| *pack)
+    }
+
     /// Reads the manifest of `directory`; `None` if there is none.
     pub fn load(directory: &Path) -> Result<Option<Self>, IndexError> {
         let path = path(directory);

@@ -106,6 +106,10 @@ pub trait ChunkIndex: Send + Sync + std::fmt::Debug {
     fn covered(&self, pack: u32) -> u32;
     /// The packs for which [`ChunkIndex::covered`] is not zero.
     fn covered_packs(&self) -> Vec<u32>;
+    /// Forgets every copy in a pack that is about to be removed, durably. Its number never comes again.
+    fn drop_pack(&self, pack: u32) -> Result<(), IndexError>;
+    /// The chunks that are indexed in the block at `offset` of `pack`, found by looking at every entry there is.
+    fn chunks_at(&self, pack: u32, offset: u32) -> Result<Vec<ChunkId>, IndexError>;
     /// The domains that have copies.
     fn domains(&self) -> Vec<DomainId>;
     /// How many entries there are; copies whose flag was changed may count twice until segments are merged.

@@ -59,8 +59,14 @@ impl<E: Serialize + DeserializeOwned> Journal<E> {
     /// Appends `event` and fsyncs. After an error the event does not count now; if its line got to the disk all the same,
     /// it counts from the next start on.
     pub fn append(&mut self, event: &E) -> io::Result<()> {
+        self.append_all(std::slice::from_ref(event))
+    }
+
+    /// As [`Journal::append`], for several events at the price of one fsync. After an error any number of them, the first ones,
+    /// may count from the next start on.
+    pub fn append_all(&mut self, events: &[E]) -> io::Result<()> {
         self.close_torn_tail()?;
-        self.write_line(event)
+        self.write_lines(events)
     }
 
     /// Everything that counts, oldest first. Memory grows with the number of events.
@@ -82,14 +88,18 @@ impl<E: Serialize + DeserializeOwned> Journal<E> {
         Ok(replay)
     }
 
-    fn write_line(&mut self, event: &E) -> io::Result<()> {
-        let json = serde_json::to_string(event)?;
-        let line = format!("{} {json}\n", blake3::hash(json.as_bytes()).to_hex());
-        if line.len() > LINE_BYTES_MAX {
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, "the event is too long for one line"));
+    fn write_lines(&mut self, events: &[E]) -> io::Result<()> {
+        let mut lines = String::new();
+        for event in events {
+            let json = serde_json::to_string(event)?;
+            let line = format!("{} {json}\n", blake3::hash(json.as_bytes()).to_hex());
+            if line.len() > LINE_BYTES_MAX {
+                return Err(io::Error::new(io::ErrorKind::InvalidInput, "the event is too long for one line"));
+            }
+            lines.push_str(&line);
         }
         self.doubtful = true;
-        self.file.write_all(line.as_bytes())?;
+        self.file.write_all(lines.as_bytes())?;
         self.file.sync_data()?;
         self.doubtful = false;
         Ok(())

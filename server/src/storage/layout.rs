@@ -92,6 +92,16 @@ impl RepositoryPaths {
         self.packs().join(format!("{number:08x}.pack"))
     }
 
+    /// The state file beside a pack.
+    pub fn pack_state(&self, number: u32) -> PathBuf {
+        self.packs().join(format!("{number:08x}.state"))
+    }
+
+    /// What was decided about the repository's snapshots.
+    pub fn keeping_journal(&self) -> PathBuf {
+        self.root.join("keeping.journal")
+    }
+
     /// A pack that was set aside because not even its header could be read.
     pub fn damaged_pack(&self, number: u32) -> PathBuf {
         self.packs().join(format!("{number:08x}.damaged"))
@@ -118,12 +128,12 @@ impl RepositoryPaths {
     }
 }
 
-/// The number of the pack that a file name names, with its extension (`pack` or `damaged`).
+/// The number of the pack that a file name names, with its extension (`pack`, `state` or `damaged`).
 pub fn pack_number(name: &str) -> Option<(u32, &str)> {
     let (digits, extension) = name.split_once('.')?;
     let well_formed = digits.len() == 8 && digits.bytes().all(|c| c.is_ascii_digit() || (b'a'..=b'f').contains(&c));
     let number = if well_formed { u32::from_str_radix(digits, 16).ok()? } else { return None };
-    matches!(extension, "pack" | "damaged").then_some((number, extension))
+    matches!(extension, "pack" | "state" | "damaged").then_some((number, extension))
 }
 
 #[cfg(test)]

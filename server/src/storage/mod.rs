@@ -9,6 +9,7 @@ pub mod layout;
 pub mod lock;
 pub mod pack_file;
 pub mod pack_reader;
+pub mod pack_state;
 pub mod pack_writer;
 pub mod store_error;
 

@@ -4,13 +4,16 @@
 use std::collections::HashMap;
 use std::fs::File;
 use std::io;
+use std::num::NonZeroU64;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use bytes::Bytes;
 use parking_lot::Mutex;
+use rustix::fs::Advice;
+use strandline_messages::ChunkId;
 use strandline_messages::format::FormatError;
-use strandline_messages::format::block::BlockView;
+use strandline_messages::format::block::{BlockHeaderV1, BlockView, FIXED_HEADER_BYTES, TableRows};
 use strandline_messages::limits;
 
 use super::StorageError;
@@ -55,6 +58,30 @@ impl PackReader {
         }
         BlockView::parse(&buffer).and_then(|view| view.verify_digest()).map_err(damaged)?;
         Ok(buffer.into())
+    }
+
+    /// The chunk ids in the table of the block at `offset`, as they stand there: nothing is compared. `None` if they do not make
+    /// a table. For finding out what a damaged block may have held.
+    pub fn read_table(&self, pack: u32, offset: u32) -> Option<Vec<ChunkId>> {
+        let file = self.file(pack).ok()?;
+        let mut fixed = [0; FIXED_HEADER_BYTES];
+        file.read_exact_at(&mut fixed, offset.into()).ok()?;
+        let header = BlockHeaderV1::decode(&fixed).ok()?;
+        let mut table = vec![0; header.table_bytes as usize];
+        let at = u64::from(offset) + FIXED_HEADER_BYTES as u64 + u64::from(header.wrapped_key_bytes);
+        file.read_exact_at(&mut table, at).ok()?;
+        TableRows::new(header.kind, header.chunks, &table)
+            .map(|row| row.map(|row| row.id))
+            .collect::<Result<_, _>>()
+            .ok()
+    }
+
+    /// Has the next read of these bytes come from the disk, as far as the kernel takes the advice.
+    pub fn forget_cached(&self, pack: u32, offset: u32, bytes: u32) -> Result<(), StorageError> {
+        let file = self.file(pack)?;
+        // Advice: where it is ignored, the read sees the cache, as any reader would.
+        let _ = rustix::fs::fadvise(&file, offset.into(), NonZeroU64::new(bytes.into()), Advice::DontNeed);
+        Ok(())
     }
 
     /// Closes the file of a pack that is about to go away.

@@ -110,6 +110,8 @@ type Key = (SessionId, Sequence);
 enum Job {
     Block(Box<NewBlock>, OwnedSemaphorePermit),
     Wake,
+    /// Seal the packs that are open; answered when that is done or has failed.
+    Seal(oneshot::Sender<()>),
     Close,
 }
 
@@ -191,6 +193,19 @@ impl PackWriter {
         }
     }
 
+    /// Writes what is queued and seals the open packs; what is stored from then on goes to new ones.
+    pub async fn seal_open(&self) {
+        let (sealed, done) = oneshot::channel();
+        let asked = match &*self.running.lock() {
+            Running::Thread(queue, _) => queue.try_send(Job::Seal(sealed)).is_ok(),
+            Running::Idle | Running::Closed => false,
+        };
+        if asked {
+            // A writer that is closed meanwhile seals them, too.
+            let _ = done.await;
+        }
+    }
+
     /// Writes what is queued, seals the open packs, and ends the thread. Blocks the calling thread.
     pub fn close(&self) {
         let running = std::mem::replace(&mut *self.running.lock(), Running::Closed);
@@ -261,23 +276,42 @@ struct Worker {
 
 type Queued = (Box<NewBlock>, OwnedSemaphorePermit);
 
+/// What the writer does after a group.
+enum Then {
+    GoOn,
+    Seal(oneshot::Sender<()>),
+    End,
+}
+
 impl Worker {
     fn run(&mut self, jobs: &Receiver<Job>) {
         let mut open = true;
         while open {
             let Ok(first) = jobs.recv() else { return };
-            let (group, goes_on) = self.gather(first, jobs);
-            open = goes_on;
+            let (group, then) = self.gather(first, jobs);
             self.commit(group);
+            match then {
+                Then::GoOn => {}
+                Then::Seal(asker) => {
+                    self.seal_all();
+                    // Whoever asked may have gone away.
+                    let _ = asker.send(());
+                }
+                Then::End => open = false,
+            }
         }
+        self.seal_all();
+    }
+
+    fn seal_all(&mut self) {
         let domains: Vec<DomainId> = self.open.keys().copied().collect();
         for domain in domains {
             self.seal(domain);
         }
     }
 
-    /// Collects the next group; `false` if it is the last.
-    fn gather(&self, first: Job, jobs: &Receiver<Job>) -> (Vec<Queued>, bool) {
+    /// Collects the next group, and what to do after it.
+    fn gather(&self, first: Job, jobs: &Receiver<Job>) -> (Vec<Queued>, Then) {
         let options = self.shared.options;
         let deadline = clock::now() + self.last_sync.min(options.group_commit_wait);
         let mut group = Vec::new();
@@ -291,7 +325,8 @@ impl Worker {
                     group.push((block, permit));
                 }
                 Job::Wake => lingers = false,
-                Job::Close => return (group, false),
+                Job::Seal(asker) => return (group, Then::Seal(asker)),
+                Job::Close => return (group, Then::End),
             }
             if bytes >= options.group_commit_bytes {
                 break;
@@ -302,7 +337,7 @@ impl Worker {
                 Err(_) => None,
             };
         }
-        (group, true)
+        (group, Then::GoOn)
     }
 
     fn commit(&mut self, group: Vec<Queued>) {
