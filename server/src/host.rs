@@ -27,6 +27,7 @@ use strandline_messages::wire::{
 use strandline_messages::{ChunkId, Durable, Sequence, SessionId, SnapshotId, limits};
 
 use crate::engine::{self, BlockAddress, Engine, EngineError, Lease, Opened, Repository, SessionEnd, StoreError};
+use crate::manage::manage;
 use crate::pki::Authority;
 use crate::tenancy::{Tenancy, renew};
 
@@ -92,7 +93,7 @@ impl Host for EngineHost {
         .boxed()
     }
 
-    fn answer(&self, peer: Peer, request: Message, _nonce: [u8; 32]) -> BoxFuture<'static, Result<Message, Refused>> {
+    fn answer(&self, peer: Peer, request: Message, nonce: [u8; 32]) -> BoxFuture<'static, Result<Message, Refused>> {
         let engine = Arc::clone(&self.engine);
         let renewer = self.renewer.load_full();
         let status = StatusQuestion { started: self.started, registry: self.registry.load_full() };
@@ -101,6 +102,7 @@ impl Host for EngineHost {
                 Message::DescribeRepository(request) => describe(&engine, &peer, &request).await,
                 Message::CreateRepository(request) => create(&engine, &peer, request).await,
                 Message::ListSnapshots(request) => list(&engine, &peer, &request).await,
+                Message::Manage(request) => manage(&engine, &peer, &request, &nonce).await,
                 Message::GetStatus => status.answer(&engine, &peer).await,
                 Message::Renew(request) => match renewer {
                     Some(renewer) => renewer.renew(peer, &request).await,
@@ -239,14 +241,7 @@ fn verified_writer(
     nonce: &[u8; 32],
 ) -> Result<WriterCertificateV1, Refused> {
     let denied = |why: &str| Refused::new(RefusalCode::NotPermitted, why);
-    let mut decoder = Decoder::new(&request.writer, "writer certificate");
-    let writer = WriterCertificateV1::decode(&mut decoder)
-        .and_then(|writer| decoder.finish().map(|()| writer))
-        .map_err(|error| denied(&error.to_string()))?;
-    let signed = WriterCertificateV1::signed_part(&repository.id, writer.capability, &writer.public_key);
-    UnparsedPublicKey::new(&ED25519, repository.root_public).verify(&signed, &writer.signature).map_err(|_| {
-        denied("the key belongs to another repository: its certificate is not signed by this one's root")
-    })?;
+    let writer = certified_writer(repository, &request.writer)?;
     UnparsedPublicKey::new(&ED25519, writer.public_key)
         .verify(&open_session_proof(nonce, &repository.id), &request.proof)
         .map_err(|_| denied("the proof of the writer key does not verify"))?;
@@ -258,12 +253,30 @@ fn verified_writer(
     if allowed { Ok(writer) } else { Err(denied("the key's capability does not include this")) }
 }
 
-fn refusal(error: &EngineError) -> Refused {
+/// A writer that the repository's root key certified. Whoever shows the certificate need not hold its key: see the callers.
+pub(crate) fn certified_writer(repository: &RepositoryV1, certificate: &[u8]) -> Result<WriterCertificateV1, Refused> {
+    let denied = |why: &str| Refused::new(RefusalCode::NotPermitted, why);
+    let mut decoder = Decoder::new(certificate, "writer certificate");
+    let writer = WriterCertificateV1::decode(&mut decoder)
+        .and_then(|writer| decoder.finish().map(|()| writer))
+        .map_err(|error| denied(&error.to_string()))?;
+    let signed = WriterCertificateV1::signed_part(&repository.id, writer.capability, &writer.public_key);
+    UnparsedPublicKey::new(&ED25519, repository.root_public).verify(&signed, &writer.signature).map_err(|_| {
+        denied("the key belongs to another repository: its certificate is not signed by this one's root")
+    })?;
+    Ok(writer)
+}
+
+pub(crate) fn refusal(error: &EngineError) -> Refused {
     let code = match error {
         EngineError::NoSuchRepository { .. } => RefusalCode::NoSuchRepository,
         EngineError::AlreadyExists { .. } => RefusalCode::RepositoryExists,
         EngineError::Fenced { .. } => RefusalCode::Superseded,
-        EngineError::BadSlot { .. } | EngineError::SessionExists { .. } => RefusalCode::Invalid,
+        EngineError::BadSlot { .. }
+        | EngineError::SlotNotAdded { .. }
+        | EngineError::NoSuchSlot { .. }
+        | EngineError::LastSlot { .. }
+        | EngineError::SessionExists { .. } => RefusalCode::Invalid,
         _ => RefusalCode::Internal,
     };
     if code == RefusalCode::Internal {

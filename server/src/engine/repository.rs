@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
+use parking_lot::Mutex;
 use strandline_actors::runtime::clock;
 use strandline_messages::format::block::BlockView;
 use strandline_messages::format::repository::RepositoryV1;
@@ -16,7 +17,6 @@ use crate::catalog::repositories::{BlockPlace, RepositoryRow};
 use crate::catalog::sessions::NewSession;
 use crate::catalog::snapshots::SnapshotRow;
 use crate::storage::pack_writer::{NewBlock, PackSink, PackWriter};
-use crate::storage::{StorageError, files};
 
 /// Where a chunk lies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -82,7 +82,9 @@ pub struct Totals {
 pub struct Repository {
     // The writer's thread holds the state too; it is joined when the writer is dropped.
     writer: Arc<PackWriter>,
-    state: Arc<State>,
+    pub(super) state: Arc<State>,
+    /// Key slots are added and removed one at a time.
+    pub(super) slot_changes: Arc<Mutex<()>>,
 }
 
 impl Repository {
@@ -108,7 +110,7 @@ impl Repository {
         }
         let sink: Arc<dyn PackSink> = Arc::clone(&state) as Arc<dyn PackSink>;
         let writer = Arc::new(PackWriter::new(ops, paths, id, recovered.next_pack, options, sink));
-        let repository = Self { writer, state };
+        let repository = Self { writer, state, slot_changes: Arc::default() };
         repository.record_packs().await?;
         commit::restore_rows(&repository.state).await?;
         Ok(repository)
@@ -117,27 +119,6 @@ impl Repository {
     /// The repository file.
     pub fn file(&self) -> &RepositoryV1 {
         &self.state.file
-    }
-
-    /// The encoded key slots, by name.
-    pub async fn slots(&self) -> Result<Vec<Vec<u8>>, EngineError> {
-        let state = Arc::clone(&self.state);
-        blocking(move || {
-            let directory = state.paths.keys();
-            let failed = || StorageError::io("list", &directory);
-            let entries = std::fs::read_dir(&directory).map_err(failed())?;
-            let mut paths = Vec::new();
-            for entry in entries {
-                paths.push(entry.map_err(failed())?.path());
-            }
-            paths.sort();
-            let mut slots = Vec::new();
-            for path in paths.into_iter().take(limits::KEY_SLOTS_MAX) {
-                slots.extend(files::read_small(&path, limits::KEY_SLOT_BYTES_MAX)?);
-            }
-            Ok(slots)
-        })
-        .await
     }
 
     /// Opens a session of `agent` that writes in `domain`. One transaction: if the session that it resumes has committed, its
