@@ -376,3 +376,44 @@ impl SessionStore for LeasedRepository {
         async move { repository.read_block(address).await.map_err(|error| fault(&error)) }.boxed()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use aws_lc_rs::signature::Ed25519KeyPair;
+
+    use super::*;
+    use crate::engine::fixture::{REPOSITORY, Writer, repository_file};
+
+    #[test]
+    fn s45_a_session_is_opened_for_what_the_certificate_says_and_for_the_holder_of_its_key() {
+        let file = repository_file("main");
+        let open = |kind, writer: &Writer, seed: u8, nonce: u8| {
+            let key = Ed25519KeyPair::from_seed_unchecked(&[seed; 32]).unwrap();
+            let proof = key.sign(&open_session_proof(&[nonce; 32], &REPOSITORY)).as_ref().to_vec();
+            let mut certificate = Vec::new();
+            writer.certificate.encode(&mut certificate);
+            let (writer, proof) = (certificate.into(), proof.into());
+            let request = OpenSession { kind, repository: file.name.clone(), resume_of: None, writer, proof };
+            verified_writer(&file, &request, &[4; 32])
+        };
+        let table = [
+            (Capability::Full, [true, true, true]),
+            (Capability::Write, [true, false, false]),
+            (Capability::Read, [false, true, false]),
+        ];
+        for (seed, (capability, allowed)) in (10..).zip(table) {
+            let writer = Writer::new(seed, capability);
+            for (kind, allowed) in
+                [SessionKind::Backup, SessionKind::Restore, SessionKind::Repack].into_iter().zip(allowed)
+            {
+                let opened = open(kind, &writer, seed, 4);
+                assert_eq!(opened.is_ok(), allowed, "{capability:?} {kind:?}");
+                if let Err(refused) = opened {
+                    assert_eq!(refused.code, RefusalCode::NotPermitted);
+                }
+                assert!(open(kind, &writer, seed + 1, 4).is_err(), "another's key");
+                assert!(open(kind, &writer, seed, 5).is_err(), "another connection");
+            }
+        }
+    }
+}

@@ -60,9 +60,9 @@ pub struct NewSecret {
     /// A passphrase: the first line that this command says
     #[arg(long, value_name = "COMMAND")]
     pub new_password_command: Option<String>,
-    /// A key file; made if it does not exist
+    /// A key file; made if it does not exist [default: this machine's own]
     #[arg(long, value_name = "FILE")]
-    pub new_key_file: Option<PathBuf>,
+    pub new_key_file: Option<Option<PathBuf>>,
     /// A new recovery key, which is printed once
     #[arg(long)]
     pub new_recovery: bool,
@@ -134,7 +134,7 @@ pub async fn run(global: &Global, place: &Place, key: Key) -> anyhow::Result<Fat
     };
     let done = match key.command {
         KeyCommand::List => list(global, &opened),
-        KeyCommand::Add(add) => key_add::add(global, &opened, add).await,
+        KeyCommand::Add(add) => key_add::add(global, place, &opened, add).await,
         KeyCommand::Remove(wanted) => remove(global, &opened, &wanted).await,
         KeyCommand::Passwd(new) => key_add::passwd(global, &opened, new).await,
         KeyCommand::Export(export) => key_add::export(global, &opened, export).await,

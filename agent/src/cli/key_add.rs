@@ -17,7 +17,10 @@ use super::key::{Add, Export, NewSecret, Passwd, id_text, kind, remove_slot, rig
 use super::output;
 use super::repository::{Opened, host_name};
 use super::secrets;
-use crate::keys::{Keyset, SlotSecret, format_recovery_key, load_key_file, random, seal_slot, store_key_file};
+use super::settings::Place;
+use crate::keys::{
+    Keyset, SlotSecret, format_recovery_key, key_file_path, load_key_file, random, seal_slot, store_key_file,
+};
 
 #[derive(Serialize)]
 struct Added<'a> {
@@ -39,16 +42,19 @@ struct Fresh {
 }
 
 /// `strand key add`.
-pub async fn add(global: &Global, opened: &Opened, add: Add) -> anyhow::Result<()> {
+pub async fn add(global: &Global, place: &Place, opened: &Opened, add: Add) -> anyhow::Result<()> {
     opened.keyset.may_manage("add key slots")?;
-    let fresh = fresh(add.secret)?;
+    let own = key_file_path(&place.config_dir, &opened.keyset.repository());
+    let fresh = fresh(add.secret, own)?;
     let label = add.label.unwrap_or(fresh.label);
     let slot = add_slot(opened, &opened.keyset, &fresh.secret, &label).await?;
     tell_added(global, &slot, Capability::Full, fresh.key_file.as_deref(), fresh.recovery_key.as_ref())
 }
 
-fn fresh(new: NewSecret) -> anyhow::Result<Fresh> {
+/// `own`: where this machine's key file belongs.
+fn fresh(new: NewSecret, own: PathBuf) -> anyhow::Result<Fresh> {
     if let Some(path) = new.new_key_file {
+        let path = path.unwrap_or(own);
         let key = match load_key_file(&path)? {
             Some(key) => key,
             None => {

@@ -20,6 +20,7 @@ use crate::keys::{KeyError, SlotSecret, key_file_path, load_key_file, parse_reco
 
 /// Most bytes that are read to find the first line of a file or of a command's output.
 const SECRET_BYTES_MAX: usize = 64 << 10;
+const PASSWORD_COMMAND: &str = "--password-command";
 
 /// From now on this process leaves no core dump, and other processes of the same user can neither trace it nor read its
 /// memory.
@@ -72,6 +73,22 @@ pub fn passphrase_from(file: Option<&Path>, command: Option<&str>) -> anyhow::Re
         (None, None) => return Ok(None),
     };
     Ok(Some(SlotSecret::Passphrase(std::mem::take(&mut *line))))
+}
+
+/// A command line as a snapshot keeps it: without password commands, which may hold a passphrase and are nobody's business who
+/// may only read the snapshot.
+pub fn without_commands(words: impl Iterator<Item = String>) -> String {
+    let mut kept: Vec<String> = Vec::new();
+    for word in words {
+        let hidden = kept.last().is_some_and(|last| last == PASSWORD_COMMAND);
+        let joined = word.strip_prefix(PASSWORD_COMMAND).is_some_and(|rest| rest.starts_with('='));
+        kept.push(match (hidden, joined) {
+            (true, _) => "…".to_owned(),
+            (false, true) => format!("{PASSWORD_COMMAND}=…"),
+            (false, false) => word,
+        });
+    }
+    kept.join(" ")
 }
 
 fn from_file(path: &Path) -> anyhow::Result<Zeroizing<String>> {
@@ -128,6 +145,24 @@ mod tests {
         let read = read(std::io::repeat(b'x')).unwrap();
         assert_eq!(read.len(), SECRET_BYTES_MAX);
         assert_eq!(read.capacity(), SECRET_BYTES_MAX + 64);
+    }
+
+    #[test]
+    fn a_password_command_is_left_out_of_the_command_line() {
+        let shown = |words: &[&str]| without_commands(words.iter().map(|word| (*word).to_owned()));
+        assert_eq!(
+            shown(&["strand", "--password-command", "echo x", "backup", "/"]),
+            "strand --password-command … backup /"
+        );
+        assert_eq!(shown(&["strand", "--password-command=echo x", "a=b"]), "strand --password-command=… a=b");
+    }
+
+    #[test]
+    fn a_process_that_keeps_out_of_dumps_is_not_dumpable() {
+        keep_out_of_dumps();
+        assert_eq!(rustix::process::dumpable_behavior().unwrap(), DumpableBehavior::NotDumpable);
+        let cores = rustix::process::getrlimit(Resource::Core);
+        assert_eq!((cores.current, cores.maximum), (Some(0), Some(0)));
     }
 
     #[test]
