@@ -374,17 +374,18 @@ fn no_key_shows_in_any_output_however_much_is_logged() -> Result<()> {
     let recovery = field(&made.stdout, "repository_created", "recovery_key")?;
     let recovery_file = file("recovery", &recovery)?;
     let out = scratch.path().join("write.key");
+    let (target, stolen) = (scratch.path().join("target"), scratch.path().join("stolen"));
     let runs: [&[&str]; 12] = [
         &["backup", text(&source)?],
         &["snapshots"],
         &["ls", "latest"],
-        &["restore", "latest", "--target", text(&scratch.path().join("target"))?],
+        &["restore", "latest", "--target", text(&target)?],
         &["key", "add", "--new-password-file", &password_file],
         &["key", "passwd", "--password-file", &password_file, "--new-password-file", &changed_file],
         &["key", "export", "--capability", "write", "--out", text(&out)?],
         &["key", "list", "--recovery-key-file", &recovery_file],
         &["snapshots", "--password-file", &wrong_file],
-        &["restore", "latest", "--key-file", text(&out)?, "--target", text(&scratch.path().join("stolen"))?],
+        &["restore", "latest", "--key-file", text(&out)?, "--target", text(&stolen)?],
         &["backup", text(&source)?, "--key-file", text(&out)?],
         &["status"],
     ];
