@@ -53,6 +53,7 @@ pub struct Add {
 /// What a new slot is opened with.
 #[derive(Args, Debug)]
 #[group(required = true, multiple = false)]
+#[expect(clippy::struct_field_names, reason = "they are the names of the options")]
 pub struct NewSecret {
     /// A passphrase: the first line of this file
     #[arg(long, value_name = "FILE")]
@@ -62,6 +63,7 @@ pub struct NewSecret {
     pub new_password_command: Option<String>,
     /// A key file; made if it does not exist [default: this machine's own]
     #[arg(long, value_name = "FILE")]
+    #[expect(clippy::option_option, reason = "an option that may or may not have a value")]
     pub new_key_file: Option<Option<PathBuf>>,
     /// A new recovery key, which is printed once
     #[arg(long)]

@@ -55,13 +55,12 @@ pub async fn add(global: &Global, place: &Place, opened: &Opened, add: Add) -> a
 fn fresh(new: NewSecret, own: PathBuf) -> anyhow::Result<Fresh> {
     if let Some(path) = new.new_key_file {
         let path = path.unwrap_or(own);
-        let key = match load_key_file(&path)? {
-            Some(key) => key,
-            None => {
-                let key = Zeroizing::new(random()?);
-                store_key_file(&path, &key)?;
-                key
-            }
+        let key = if let Some(key) = load_key_file(&path)? {
+            key
+        } else {
+            let key = Zeroizing::new(random()?);
+            store_key_file(&path, &key)?;
+            key
         };
         let secret = SlotSecret::KeyFile(*key);
         return Ok(Fresh { secret, label: host_name(), key_file: Some(path), recovery_key: None });

@@ -114,9 +114,7 @@ fn text(snapshots: &[Snapshot]) -> String {
         1 => "1 snapshot\n".to_owned(),
         n => format!("{n} snapshots\n"),
     };
-    let hidden = match snapshots.iter().any(|snapshot| !snapshot.details_opened) {
-        true => "paths are not shown, because this key may only write\n",
-        false => "",
-    };
+    let all_shown = snapshots.iter().all(|snapshot| snapshot.details_opened);
+    let hidden = if all_shown { "" } else { "paths are not shown, because this key may only write\n" };
     output::table(&["ID", "TIME", "HOST", "TAGS", "SIZE", "ADDED", "PATHS"], &rows) + &count + hidden
 }
