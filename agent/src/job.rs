@@ -314,6 +314,7 @@ impl Run<'_> {
         let paths: Vec<_> = self.request.plan.paths.iter().map(|path| path.as_os_str().as_bytes().to_vec()).collect();
         CacheIdentity::new(
             &self.repository.id,
+            self.keyset.writer_certificate().domain(),
             self.keyset.id_key(),
             self.keyset.chunker_secret(),
             &self.request.host,

@@ -22,6 +22,7 @@ mod damage;
 mod packs;
 mod scrub;
 mod server_key;
+mod slots;
 pub(crate) mod state;
 #[cfg(test)]
 mod tests;
@@ -33,7 +34,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use parking_lot::RwLock;
-use strandline_messages::format::keys::KeySlotV1;
 use strandline_messages::format::repository::RepositoryV1;
 use strandline_messages::{RepositoryName, TenantName, limits};
 use tokio::sync::Mutex;
@@ -54,6 +54,7 @@ pub use error::EngineError;
 pub use repository::{BlockAddress, CommitOutcome, Repository, Totals};
 
 use server_key::ServerKey;
+use slots::{NamedSlots, named_slots};
 
 /// Memory for index pages, shared by all repositories, bytes.
 const INDEX_CACHE_BYTES: usize = 64 << 20;
@@ -367,24 +368,6 @@ fn subdirectories(path: &Path) -> Result<Vec<(String, PathBuf)>, EngineError> {
     }
     found.sort();
     Ok(found)
-}
-
-type NamedSlots = Vec<(String, Vec<u8>)>;
-
-fn named_slots(file: &RepositoryV1, slots: Vec<Vec<u8>>) -> Result<NamedSlots, EngineError> {
-    let refused = |reason: &str| EngineError::BadSlot { reason: reason.to_owned() };
-    if slots.len() > limits::KEY_SLOTS_MAX {
-        return Err(refused("there are too many"));
-    }
-    let mut named = NamedSlots::new();
-    for bytes in slots {
-        let slot = KeySlotV1::decode(&bytes).map_err(|error| refused(&error.to_string()))?;
-        if slot.repository != file.id {
-            return Err(refused("one belongs to another repository"));
-        }
-        named.push((data_encoding::HEXLOWER.encode(&slot.id), bytes));
-    }
-    Ok(named)
 }
 
 fn make_repository(

@@ -30,6 +30,7 @@ use strandline_messages::{ChunkId, Durable, Sequence, SessionId, SnapshotId, lim
 
 use crate::catalog::snapshots::SnapshotRow;
 use crate::engine::{self, BlockAddress, Engine, EngineError, Lease, Opened, Repository, SessionEnd, StoreError};
+use crate::manage::manage;
 use crate::pki::Authority;
 use crate::tenancy::{Tenancy, renew};
 
@@ -99,7 +100,7 @@ impl Host for EngineHost {
         .boxed()
     }
 
-    fn answer(&self, peer: Peer, request: Message, _nonce: [u8; 32]) -> BoxFuture<'static, Result<Message, Refused>> {
+    fn answer(&self, peer: Peer, request: Message, nonce: [u8; 32]) -> BoxFuture<'static, Result<Message, Refused>> {
         let engine = Arc::clone(&self.engine);
         let renewer = self.renewer.load_full();
         let status = StatusQuestion { started: self.started, registry: self.registry.load_full() };
@@ -108,6 +109,7 @@ impl Host for EngineHost {
                 Message::DescribeRepository(request) => describe(&engine, &peer, &request).await,
                 Message::CreateRepository(request) => create(&engine, &peer, request).await,
                 Message::ListSnapshots(request) => list(&engine, &peer, &request).await,
+                Message::Manage(request) => manage(&engine, &peer, &request, &nonce).await,
                 Message::GetStatus => status.answer(&engine, &peer).await,
                 Message::Renew(request) => match renewer {
                     Some(renewer) => renewer.renew(peer, &request).await,
@@ -268,14 +270,7 @@ fn verified_writer(
     nonce: &[u8; 32],
 ) -> Result<WriterCertificateV1, Refused> {
     let denied = |why: &str| Refused::new(RefusalCode::NotPermitted, why);
-    let mut decoder = Decoder::new(&request.writer, "writer certificate");
-    let writer = WriterCertificateV1::decode(&mut decoder)
-        .and_then(|writer| decoder.finish().map(|()| writer))
-        .map_err(|error| denied(&error.to_string()))?;
-    let signed = WriterCertificateV1::signed_part(&repository.id, writer.capability, &writer.public_key);
-    UnparsedPublicKey::new(&ED25519, repository.root_public).verify(&signed, &writer.signature).map_err(|_| {
-        denied("the key belongs to another repository: its certificate is not signed by this one's root")
-    })?;
+    let writer = certified_writer(repository, &request.writer)?;
     UnparsedPublicKey::new(&ED25519, writer.public_key)
         .verify(&open_session_proof(nonce, &repository.id), &request.proof)
         .map_err(|_| denied("the proof of the writer key does not verify"))?;
@@ -287,7 +282,21 @@ fn verified_writer(
     if allowed { Ok(writer) } else { Err(denied("the key's capability does not include this")) }
 }
 
-fn refusal(error: &EngineError) -> Refused {
+/// A writer that the repository's root key certified. Whoever shows the certificate need not hold its key: see the callers.
+pub(crate) fn certified_writer(repository: &RepositoryV1, certificate: &[u8]) -> Result<WriterCertificateV1, Refused> {
+    let denied = |why: &str| Refused::new(RefusalCode::NotPermitted, why);
+    let mut decoder = Decoder::new(certificate, "writer certificate");
+    let writer = WriterCertificateV1::decode(&mut decoder)
+        .and_then(|writer| decoder.finish().map(|()| writer))
+        .map_err(|error| denied(&error.to_string()))?;
+    let signed = WriterCertificateV1::signed_part(&repository.id, writer.capability, &writer.public_key);
+    UnparsedPublicKey::new(&ED25519, repository.root_public).verify(&signed, &writer.signature).map_err(|_| {
+        denied("the key belongs to another repository: its certificate is not signed by this one's root")
+    })?;
+    Ok(writer)
+}
+
+pub(crate) fn refusal(error: &EngineError) -> Refused {
     let code = match error {
         EngineError::NoSuchRepository { .. } => RefusalCode::NoSuchRepository,
         EngineError::AlreadyExists { .. } => RefusalCode::RepositoryExists,
@@ -297,6 +306,9 @@ fn refusal(error: &EngineError) -> Refused {
         EngineError::NoSuchSnapshot { .. }
         | EngineError::BadTags
         | EngineError::BadSlot { .. }
+        | EngineError::SlotNotAdded { .. }
+        | EngineError::NoSuchSlot { .. }
+        | EngineError::LastSlot { .. }
         | EngineError::SessionExists { .. } => RefusalCode::Invalid,
         _ => RefusalCode::Internal,
     };
@@ -395,5 +407,46 @@ impl SessionStore for LeasedRepository {
         let repository = Arc::clone(&self.repository);
         let address = BlockAddress { pack: place.pack, offset: place.offset, bytes: place.bytes, position: 0 };
         async move { repository.read_block(address).await.map_err(|error| fault(&error)) }.boxed()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use aws_lc_rs::signature::Ed25519KeyPair;
+
+    use super::*;
+    use crate::engine::fixture::{REPOSITORY, Writer, repository_file};
+
+    #[test]
+    fn s45_a_session_is_opened_for_what_the_certificate_says_and_for_the_holder_of_its_key() {
+        let file = repository_file("main");
+        let open = |kind, writer: &Writer, seed: u8, nonce: u8| {
+            let key = Ed25519KeyPair::from_seed_unchecked(&[seed; 32]).unwrap();
+            let proof = key.sign(&open_session_proof(&[nonce; 32], &REPOSITORY)).as_ref().to_vec();
+            let mut certificate = Vec::new();
+            writer.certificate.encode(&mut certificate);
+            let (writer, proof) = (certificate.into(), proof.into());
+            let request = OpenSession { kind, repository: file.name.clone(), resume_of: None, writer, proof };
+            verified_writer(&file, &request, &[4; 32])
+        };
+        let table = [
+            (Capability::Full, [true, true, true]),
+            (Capability::Write, [true, false, false]),
+            (Capability::Read, [false, true, false]),
+        ];
+        for (seed, (capability, allowed)) in (10..).zip(table) {
+            let writer = Writer::new(seed, capability);
+            for (kind, allowed) in
+                [SessionKind::Backup, SessionKind::Restore, SessionKind::Repack].into_iter().zip(allowed)
+            {
+                let opened = open(kind, &writer, seed, 4);
+                assert_eq!(opened.is_ok(), allowed, "{capability:?} {kind:?}");
+                if let Err(refused) = opened {
+                    assert_eq!(refused.code, RefusalCode::NotPermitted);
+                }
+                assert!(open(kind, &writer, seed + 1, 4).is_err(), "another's key");
+                assert!(open(kind, &writer, seed, 5).is_err(), "another connection");
+            }
+        }
     }
 }

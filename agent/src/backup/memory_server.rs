@@ -12,7 +12,7 @@ use strandline_messages::format::chunk::{Reference, chunk_id};
 use strandline_messages::format::cursor::{Decoder, Encoder};
 use strandline_messages::format::repository::ChunkingV1;
 use strandline_messages::format::tree::{Content, Entry, EntryNode, NodeBody, Owner, Piece, SourceError, TreeNodeV1};
-use strandline_messages::ids::{ChunkId, ChunkKind, RepositoryId};
+use strandline_messages::ids::{ChunkId, ChunkKind, DomainId, RepositoryId};
 
 use super::ports::{BlockSealer, BlockSink, ChunkOracle, Permit, Ports, QueryTicket};
 use super::progress::{Progress, ProgressNow};
@@ -297,8 +297,15 @@ impl Rig {
         let keys = ChunkKeys { id_key: KEY, chunker_secret: [5; 32] };
         let mut plan = self.plan.clone();
         let paths = vec![self.source.path().as_os_str().as_encoded_bytes().to_vec()];
-        let identity =
-            CacheIdentity::new(&RepositoryId([1; 16]), &KEY, &keys.chunker_secret, "host", &paths, &self.chunking);
+        let identity = CacheIdentity::new(
+            &RepositoryId([1; 16]),
+            DomainId::FULL,
+            &KEY,
+            &keys.chunker_secret,
+            "host",
+            &paths,
+            &self.chunking,
+        );
         plan.cache = Some((self.cache_path(), identity));
         plan.started = self.clock_ahead_seconds.map(|ahead| {
             let mut clock = file_system_clock(self.state.path()).unwrap();

@@ -11,6 +11,7 @@ use strandline_messages::format::manifest::Totals;
 use strandline_messages::format::repository::ChunkingV1;
 use strandline_messages::format::tree::Timestamp;
 use strandline_messages::ids::ChunkId;
+use zeroize::{Zeroize, ZeroizeOnDrop};
 
 use super::BackupError;
 use super::assemble::{Assembled, Assembler};
@@ -93,8 +94,8 @@ impl BackupPlan {
     }
 }
 
-/// Secrets of the repository that the pipeline needs.
-#[derive(Clone)]
+/// Secrets of the repository that the pipeline needs. Wiped on drop.
+#[derive(Clone, Zeroize, ZeroizeOnDrop)]
 pub struct ChunkKeys {
     /// Key of chunk ids.
     pub id_key: [u8; 32],

@@ -18,7 +18,7 @@ use std::path::Path;
 
 use strandline_messages::format::repository::ChunkingV1;
 use strandline_messages::format::tree::Timestamp;
-use strandline_messages::ids::RepositoryId;
+use strandline_messages::ids::{DomainId, RepositoryId};
 
 use crate::scan::meta::{Meta, stat_fd};
 
@@ -42,9 +42,11 @@ const SETTLED_SECONDS: i64 = 2;
 pub struct CacheIdentity(pub [u8; 32]);
 
 impl CacheIdentity {
-    /// From everything that makes cached chunk ids valid: repository, id key, host label, paths given, sizes of chunks.
+    /// From everything that makes cached chunk ids valid: repository, writer domain (the server knows a chunk in one and not in
+    /// another), id key, host label, paths given, sizes of chunks.
     pub fn new(
         repository: &RepositoryId,
+        domain: DomainId,
         id_key: &[u8; 32],
         chunker_secret: &[u8; 32],
         host: &str,
@@ -57,6 +59,7 @@ impl CacheIdentity {
             hasher.update(bytes);
         };
         part(repository.as_bytes());
+        part(domain.as_bytes());
         part(id_key);
         part(chunker_secret);
         part(host.as_bytes());

@@ -6,6 +6,8 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 
+use super::key::Key;
+
 /// Fast, deduplicated, encrypted backups over parallel mutual-TLS streams.
 #[derive(Parser, Debug)]
 #[command(name = "strand", version, about, max_term_width = 110)]
@@ -74,6 +76,8 @@ pub enum Command {
     Restore(Restore),
     /// Show the repository and its server
     Status,
+    /// Manage what opens the repository: passphrases, key files, recovery keys, keys for other machines
+    Key(Key),
     /// Make this machine an agent of a server, with a token from `strand-server token create`
     Enroll {
         /// The token, one line

@@ -18,6 +18,7 @@ use super::args::{self, Backup, Global};
 use super::output;
 use super::progress::{Snapshot, shown};
 use super::repository::{Opened, host_name};
+use super::secrets;
 use super::settings::Place;
 use crate::backup::BackupPlan;
 use crate::job::{BackupReport, BackupRequest, JobView, run_backup};
@@ -78,7 +79,7 @@ fn request(place: &Place, backup: Backup) -> anyhow::Result<BackupRequest> {
         user: std::env::var("USER").unwrap_or_default(),
         system: system(),
         program: concat!("strandline ", env!("CARGO_PKG_VERSION")).to_owned(),
-        command: std::env::args_os().map(|word| word.to_string_lossy().into_owned()).collect::<Vec<_>>().join(" "),
+        command: secrets::without_commands(std::env::args_os().map(|word| word.to_string_lossy().into_owned())),
     };
     Ok(BackupRequest {
         cache_directory: place.state_dir.join("caches"),

@@ -4,11 +4,14 @@ mod args;
 mod backup;
 mod enroll;
 mod fate;
+mod key;
+mod key_add;
 mod ls;
 mod output;
 mod progress;
 mod repository;
 mod restore;
+mod secrets;
 mod selector;
 mod session;
 mod settings;
@@ -28,6 +31,7 @@ pub use fate::Fate;
 
 /// Runs the command line of this process.
 pub fn main() -> ExitCode {
+    secrets::keep_out_of_dumps();
     let arguments = match Arguments::try_parse() {
         Ok(arguments) => arguments,
         Err(error) => {
@@ -77,6 +81,7 @@ async fn run(arguments: Arguments) -> anyhow::Result<Fate> {
         Command::Ls(ls) => ls::run(&global, &place, &ls).await,
         Command::Restore(restore) => restore::run(&global, &place, restore).await,
         Command::Status => status::run(&global, &place).await,
+        Command::Key(key) => key::run(&global, &place, key).await,
         Command::Enroll { token, label } => enroll::run(&global, &place, &token, label).await,
         Command::Completions { .. } => Ok(Fate::Done),
     }

@@ -6,6 +6,7 @@ use std::time::Duration;
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
 use serde::Serialize;
+use zeroize::Zeroizing;
 
 /// Bytes for people, in binary units.
 #[expect(clippy::cast_precision_loss, reason = "three digits are shown")]
@@ -81,7 +82,9 @@ pub fn table(head: &[&str], rows: &[Vec<String>]) -> String {
 
 /// Prints one JSON object as a line on standard output.
 pub fn json_line<T: Serialize>(value: &T) -> anyhow::Result<()> {
-    let mut line = serde_json::to_vec(value)?;
+    // Some lines hold a recovery key.
+    let mut line = Zeroizing::new(Vec::with_capacity(1024));
+    serde_json::to_writer(&mut *line, value)?;
     line.push(b'\n');
     print(&line)
 }

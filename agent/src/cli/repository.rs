@@ -1,12 +1,9 @@
 //! From the command line to an open repository: where it is, who serves it, which key opens it.
 
-use std::fs::File;
-use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 use std::sync::Arc;
 
-use anyhow::{Context, anyhow, bail};
+use anyhow::{anyhow, bail};
 use serde::Serialize;
 use strandline_actors::control_channel::AskError;
 use strandline_actors::runtime::clock;
@@ -18,13 +15,14 @@ use zeroize::Zeroizing;
 use super::Fate;
 use super::args::Global;
 use super::output;
+use super::secrets;
 use super::settings::Place;
 use crate::chunk::default_chunking;
 use crate::embedded::{Embedded, LOCAL_REPOSITORY, is_repository};
 use crate::identity::{Credentials, Store};
 use crate::keys::{
-    Keyset, SlotSecret, format_recovery_key, key_file_path, load_key_file, parse_recovery_key, random, seal_slot,
-    store_key_file, unlock,
+    Keyset, SlotSecret, Unlocked, format_recovery_key, key_file_path, load_key_file, random, seal_slot, store_key_file,
+    unlock,
 };
 use crate::net::tls::TlsConnector;
 use crate::net::{Client, ClientError, RepositoryInfo};
@@ -121,6 +119,8 @@ pub struct Opened {
     pub info: RepositoryInfo,
     /// Its keys.
     pub keyset: Arc<Keyset>,
+    /// Id of the key slot that they came from.
+    pub slot: [u8; 16],
 }
 
 impl Opened {
@@ -128,7 +128,17 @@ impl Opened {
     pub async fn existing(global: &Global, place: &Place) -> anyhow::Result<Self> {
         let location = Location::find(global, place)?;
         let server = Connected::open(&location, false, global, place).await?;
-        Self::unlock(server, global, place).await
+        Self::unlock(server, |id| secrets::all(global, place, id)).await
+    }
+
+    /// An existing repository, opened by the passphrase that was given and by nothing else.
+    pub async fn by_passphrase(global: &Global, place: &Place) -> anyhow::Result<Self> {
+        let Some(passphrase) = secrets::passphrase(global, place)? else {
+            bail!("no passphrase was given: say with --password-file or --password-command which one is meant");
+        };
+        let location = Location::find(global, place)?;
+        let server = Connected::open(&location, false, global, place).await?;
+        Self::unlock(server, |_| Ok(vec![passphrase])).await
     }
 
     /// A repository to write to: a directory that is none yet becomes one.
@@ -139,26 +149,20 @@ impl Opened {
             make(&location, global, place).await?;
         }
         let server = Connected::open(&location, false, global, place).await?;
-        Self::unlock(server, global, place).await
+        Self::unlock(server, |id| secrets::all(global, place, id)).await
     }
 
-    async fn unlock(server: Connected, global: &Global, place: &Place) -> anyhow::Result<Self> {
+    async fn unlock(
+        server: Connected,
+        secrets: impl FnOnce(&RepositoryId) -> anyhow::Result<Vec<SlotSecret>>,
+    ) -> anyhow::Result<Self> {
         let unlocking = async {
             let info = server.client.describe(&server.name).await?;
-            let secrets = secrets(global, place, &info.file.id)?;
-            if secrets.is_empty() {
-                bail!(crate::keys::KeyError::WrongKey {
-                    tried: format!(
-                        "there is no key file {} and neither a passphrase nor a recovery key was given",
-                        key_file_path(&place.config_dir, &info.file.id).display()
-                    )
-                });
-            }
-            let keyset = unlock(&info.slots, &secrets, &info.file)?;
-            Ok((info, keyset))
+            let unlocked = unlock(&info.slots, &secrets(&info.file.id)?, &info.file)?;
+            anyhow::Ok((info, unlocked))
         };
         match unlocking.await {
-            Ok((info, keyset)) => Ok(Self { server, info, keyset: Arc::new(keyset) }),
+            Ok((info, Unlocked { keyset, slot })) => Ok(Self { server, info, keyset: Arc::new(keyset), slot }),
             Err(error) => {
                 // The first error is the one to report.
                 let _ = server.close().await;
@@ -168,57 +172,12 @@ impl Opened {
     }
 }
 
-/// Everything that may open the repository, what was asked for first.
-fn secrets(global: &Global, place: &Place, repository: &RepositoryId) -> anyhow::Result<Vec<SlotSecret>> {
-    let mut secrets = Vec::new();
-    if let Some(path) = global.key_file.as_ref().or(place.settings.key_file.as_ref()) {
-        let key = load_key_file(path)?.ok_or_else(|| anyhow!("there is no key file {}", path.display()))?;
-        secrets.push(SlotSecret::KeyFile(*key));
-    }
-    if let Some(path) = &global.recovery_key_file {
-        let text = first_line(File::open(path).with_context(|| format!("cannot read {}", path.display()))?)?;
-        secrets.push(SlotSecret::Recovery(*parse_recovery_key(&text)?));
-    }
-    if let Some(passphrase) = passphrase(global, place)? {
-        secrets.push(SlotSecret::Passphrase(passphrase));
-    }
-    // Whoever names a key wants to know whether that one opens the repository.
-    if secrets.is_empty()
-        && let Some(key) = load_key_file(&key_file_path(&place.config_dir, repository))?
-    {
-        secrets.push(SlotSecret::KeyFile(*key));
-    }
-    Ok(secrets)
-}
-
-fn passphrase(global: &Global, place: &Place) -> anyhow::Result<Option<String>> {
-    if let Some(path) = global.password_file.as_ref().or(place.settings.password_file.as_ref()) {
-        let file = File::open(path).with_context(|| format!("cannot read the password file {}", path.display()))?;
-        return Ok(Some(first_line(file)?));
-    }
-    if let Some(command) = global.password_command.as_ref().or(place.settings.password_command.as_ref()) {
-        let output = Command::new("/bin/sh").arg("-c").arg(command).stderr(Stdio::inherit()).output()?;
-        if !output.status.success() {
-            bail!("the password command failed ({}); nothing was changed", output.status);
-        }
-        return Ok(Some(first_line(output.stdout.as_slice())?));
-    }
-    Ok(std::env::var("STRAND_PASSWORD").ok().filter(|text| !text.is_empty()))
-}
-
-fn first_line(reader: impl std::io::Read) -> anyhow::Result<String> {
-    let mut line = String::new();
-    BufReader::new(reader.take(64 << 10)).read_line(&mut line)?;
-    let line = line.trim_end_matches(['\n', '\r']);
-    if line.is_empty() { Err(anyhow!("the passphrase or key is empty")) } else { Ok(line.to_owned()) }
-}
-
 #[derive(Serialize)]
-struct Created {
+struct Created<'a> {
     message_type: &'static str,
     repository: String,
     key_file: Option<PathBuf>,
-    recovery_key: String,
+    recovery_key: &'a str,
 }
 
 /// Makes a repository that does not exist yet.
@@ -233,7 +192,7 @@ async fn make(location: &Location, global: &Global, place: &Place) -> anyhow::Re
 
 /// What opens a new repository besides its recovery key.
 enum FirstSecret {
-    Passphrase(String),
+    Passphrase(SlotSecret),
     /// The key, where its file belongs, and whether the file is still to be written.
     KeyFile(Zeroizing<[u8; 32]>, PathBuf, bool),
 }
@@ -242,7 +201,7 @@ impl FirstSecret {
     /// Decides before anything is made: a passphrase if one is given, else the key file that is named (made if it does not
     /// exist), else one in the configuration directory.
     fn choose(id: &RepositoryId, global: &Global, place: &Place) -> anyhow::Result<Self> {
-        if let Some(passphrase) = passphrase(global, place)? {
+        if let Some(passphrase) = secrets::passphrase(global, place)? {
             return Ok(Self::Passphrase(passphrase));
         }
         let named = global.key_file.as_ref().or(place.settings.key_file.as_ref());
@@ -264,11 +223,11 @@ async fn create(server: &Connected, id: RepositoryId, secret: FirstSecret, globa
     let now_ns = clock::wall_ns();
     let keyset = Keyset::create(id)?;
     let file = keyset.public_file(server.name.clone(), default_chunking(), now_ns);
-    let recovery: [u8; 32] = random()?;
-    let mut slots = vec![seal_slot(&keyset, &SlotSecret::Recovery(recovery), "recovery key", now_ns)?.encode()];
+    let recovery = Zeroizing::new(random()?);
+    let mut slots = vec![seal_slot(&keyset, &SlotSecret::Recovery(*recovery), "recovery key", now_ns)?.encode()];
     let key_file = match secret {
         FirstSecret::Passphrase(passphrase) => {
-            slots.push(seal_slot(&keyset, &SlotSecret::Passphrase(passphrase), "passphrase", now_ns)?.encode());
+            slots.push(seal_slot(&keyset, &passphrase, "passphrase", now_ns)?.encode());
             None
         }
         FirstSecret::KeyFile(key, path, new) => {
@@ -290,20 +249,18 @@ fn tell_created(global: &Global, id: &RepositoryId, key_file: Option<&Path>, rec
             message_type: "repository_created",
             repository: id.to_string(),
             key_file: key_file.map(Path::to_owned),
-            recovery_key: recovery.to_owned(),
+            recovery_key: recovery,
         });
     }
     let opened_by = match key_file {
         Some(path) => format!("key file      {} (copy it to a safe place)", path.display()),
         None => "opened by     the passphrase".to_owned(),
     };
-    output::print(
-        format!(
-            "created repository {id}\n{opened_by}\nrecovery key  {recovery}\n\
-             The recovery key opens the repository if everything else is lost. It is printed only now: write it down.\n\n"
-        )
-        .as_bytes(),
-    )
+    let text = Zeroizing::new(format!(
+        "created repository {id}\n{opened_by}\nrecovery key  {recovery}\n\
+         The recovery key opens the repository if everything else is lost. It is printed only now: write it down.\n\n"
+    ));
+    output::print(text.as_bytes())
 }
 
 /// `strand init`.

@@ -2,15 +2,16 @@
 
 use anyhow::{anyhow, bail};
 use strandline_messages::SnapshotId;
+use strandline_messages::format::keys::Capability;
 use strandline_messages::format::manifest::{DetailsV1, ManifestV1, snapshot_id};
 use strandline_messages::wire::manage::Deletion;
 
 use super::repository::Opened;
 use crate::keys::Keyset;
 use crate::net::SnapshotListing;
-use crate::seal::open_manifest;
+use crate::seal::{OpenError, open_manifest, verify_manifest};
 
-/// A snapshot whose signature was verified and whose details were opened.
+/// A snapshot whose signature was verified and whose details were opened, if the key may read.
 #[derive(Clone, Debug)]
 pub struct Snapshot {
     /// Its id.
@@ -21,8 +22,10 @@ pub struct Snapshot {
     pub committed_ns: i64,
     /// The manifest.
     pub manifest: ManifestV1,
-    /// What only key holders may read.
+    /// What only holders of a key that reads may know; empty for others.
     pub details: DetailsV1,
+    /// Whether the details were opened: not if the key may only write.
+    pub details_opened: bool,
     /// Its tags: the manifest's, or those that a holder of the full capability has put in their place.
     pub tags: Vec<String>,
     /// Nobody can delete it.
@@ -48,7 +51,7 @@ async fn listed(opened: &Opened, deleted: bool) -> anyhow::Result<Vec<Snapshot>>
 
 fn verified(keyset: &Keyset, listing: SnapshotListing) -> Option<Snapshot> {
     let id = snapshot_id(&listing.manifest);
-    match open_manifest(keyset, &listing.manifest) {
+    match open(keyset, &listing.manifest) {
         Ok((manifest, details)) => {
             let replaced = listing.tags.filter(|tags| {
                 let genuine = keyset.verify_snapshot_tags(tags) && tags.snapshot == id;
@@ -63,7 +66,8 @@ fn verified(keyset: &Keyset, listing: SnapshotListing) -> Option<Snapshot> {
                 committed_ns: listing.receipt.committed_ns,
                 tags: replaced.map_or_else(|| manifest.tags.clone(), |tags| tags.tags),
                 manifest,
-                details,
+                details_opened: details.is_some(),
+                details: details.unwrap_or_default(),
                 protected: listing.protected,
                 deletion: listing.deletion,
             })
@@ -73,6 +77,14 @@ fn verified(keyset: &Keyset, listing: SnapshotListing) -> Option<Snapshot> {
             None
         }
     }
+}
+
+/// The verified manifest, and the details if the key may read them.
+fn open(keyset: &Keyset, bytes: &[u8]) -> Result<(ManifestV1, Option<DetailsV1>), OpenError> {
+    if keyset.capability() == Capability::Write {
+        return Ok((verify_manifest(&keyset.repository(), keyset.root_public(), bytes)?, None));
+    }
+    open_manifest(keyset, bytes).map(|(manifest, details)| (manifest, Some(details)))
 }
 
 /// Splits `SNAPSHOT[:PATH]`; the path comes without leading `/`.

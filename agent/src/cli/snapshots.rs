@@ -20,7 +20,8 @@ struct Line {
     committed: String,
     host: String,
     tags: Vec<String>,
-    paths: Vec<String>,
+    /// Absent: the key may not know.
+    paths: Option<Vec<String>>,
     files: u64,
     directories: u64,
     bytes: u64,
@@ -66,6 +67,11 @@ fn keep_newest(snapshots: &mut Vec<Snapshot>, newest: usize) {
     snapshots.reverse();
 }
 
+fn paths(snapshot: &Snapshot) -> Option<Vec<String>> {
+    let shown = || snapshot.details.paths.iter().map(|path| output::path(path)).collect();
+    snapshot.details_opened.then(shown)
+}
+
 fn line(snapshot: &Snapshot) -> Line {
     let manifest = &snapshot.manifest;
     Line {
@@ -76,7 +82,7 @@ fn line(snapshot: &Snapshot) -> Line {
         committed: output::rfc3339(snapshot.committed_ns),
         host: manifest.host.clone(),
         tags: snapshot.tags.clone(),
-        paths: snapshot.details.paths.iter().map(|path| output::path(path)).collect(),
+        paths: paths(snapshot),
         files: manifest.totals.files,
         directories: manifest.totals.directories,
         bytes: manifest.totals.bytes,
@@ -93,7 +99,6 @@ fn text(snapshots: &[Snapshot]) -> String {
         return "no snapshots\n".to_owned();
     }
     let row = |snapshot: &Snapshot| {
-        let paths: Vec<String> = snapshot.details.paths.iter().map(|path| output::path(path)).collect();
         vec![
             snapshot.id.short(),
             output::moment(snapshot.manifest.started_ns),
@@ -101,7 +106,7 @@ fn text(snapshots: &[Snapshot]) -> String {
             snapshot.tags.join(","),
             output::size(snapshot.manifest.totals.bytes),
             output::size(snapshot.manifest.totals.bytes_stored),
-            paths.join(" "),
+            paths(snapshot).map_or_else(|| "?".to_owned(), |paths| paths.join(" ")),
         ]
     };
     let rows: Vec<_> = snapshots.iter().map(row).collect();
@@ -109,5 +114,7 @@ fn text(snapshots: &[Snapshot]) -> String {
         1 => "1 snapshot\n".to_owned(),
         n => format!("{n} snapshots\n"),
     };
-    output::table(&["ID", "TIME", "HOST", "TAGS", "SIZE", "ADDED", "PATHS"], &rows) + &count
+    let all_shown = snapshots.iter().all(|snapshot| snapshot.details_opened);
+    let hidden = if all_shown { "" } else { "paths are not shown, because this key may only write\n" };
+    output::table(&["ID", "TIME", "HOST", "TAGS", "SIZE", "ADDED", "PATHS"], &rows) + &count + hidden
 }

@@ -50,8 +50,10 @@ pub fn load_key_file(path: &Path) -> Result<Option<Zeroizing<[u8; 32]>>, KeyErro
     let malformed = || KeyError::MalformedKeyFile { path: path.to_owned() };
     let digits = text.trim_ascii();
     let bytes = Zeroizing::new(HEXLOWER_PERMISSIVE.decode(digits).map_err(|_| malformed())?);
-    let key: [u8; 32] = bytes.as_slice().try_into().map_err(|_| malformed())?;
-    Ok(Some(Zeroizing::new(key)))
+    let mut key = Zeroizing::new([0; 32]);
+    let read: &[u8; 32] = bytes.as_slice().try_into().map_err(|_| malformed())?;
+    key.copy_from_slice(read);
+    Ok(Some(key))
 }
 
 #[cfg(test)]

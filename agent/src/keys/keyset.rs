@@ -59,8 +59,7 @@ impl fmt::Debug for Keyset {
 impl Keyset {
     /// Makes the keys of a new repository, with the full capability. Fails only if the system gives no random bytes.
     pub fn create(id: RepositoryId) -> Result<Self, KeyError> {
-        let root_seed = random()?;
-        let writer_seed = random()?;
+        let (root_seed, writer_seed) = (Zeroizing::new(random()?), Zeroizing::new(random()?));
         let kem_seed = Zeroizing::new(random::<32>()?);
         let (kem_private, kem_public) = X25519HkdfSha256::derive_keypair(kem_seed.as_slice());
         let root = key_pair(&root_seed)?;
@@ -70,10 +69,10 @@ impl Keyset {
             id_key: random()?,
             chunker_secret: random()?,
             root_public: public_half(&root),
-            root_seed: Some(root_seed),
+            root_seed: Some(*root_seed),
             kem_private: Some(kem_private.to_bytes().into()),
             kem_public: kem_public.to_bytes().into(),
-            writer_seed: Some(writer_seed),
+            writer_seed: *writer_seed,
             writer,
         })
     }
@@ -93,9 +92,7 @@ impl Keyset {
         {
             return Err(inconsistent("the root key's halves do not match"));
         }
-        if let Some(seed) = &keys.writer_seed
-            && public_half(&key_pair(seed)?) != keys.writer.public_key
-        {
+        if public_half(&key_pair(&keys.writer_seed)?) != keys.writer.public_key {
             return Err(inconsistent("the writer key does not match its certificate"));
         }
         if let Some(private) = &keys.kem_private {
@@ -108,22 +105,29 @@ impl Keyset {
         if !verify_certificate(&keys.writer, &keys.repository, &keys.root_public) {
             return Err(inconsistent("the writer's certificate is not signed by the root key"));
         }
+        let full = keys.writer.capability == Capability::Full;
+        if keys.root_seed.is_some() != full
+            || keys.kem_private.is_some() != (keys.writer.capability != Capability::Write)
+        {
+            return Err(inconsistent("its secrets are not those of its capability"));
+        }
         Ok(())
     }
 
-    /// A keyset for another holder with fewer rights: `Write` cannot read, `Read` cannot write, neither can certify.
+    /// A keyset for another holder: `Write` cannot read, `Read` cannot write, neither can certify others.
     ///
-    /// Needs the full capability. The new holder gets a writer key of its own.
+    /// Needs the full capability. The new holder gets a writer key of its own, with which it proves itself; the certificate of
+    /// that key says what it may do.
     pub fn narrowed(&self, capability: Capability) -> Result<Self, KeyError> {
         let keys = &self.secrets.0;
         let root_seed = keys.root_seed.as_ref().ok_or(KeyError::Capability { what: "make keys for others" })?;
-        let writer_seed = random()?;
+        let writer_seed = Zeroizing::new(random()?);
         let writer = certify(&key_pair(root_seed)?, &keys.repository, capability, &writer_seed)?;
         let full = capability == Capability::Full;
         Self::from_plain(KeysetV1 {
             root_seed: keys.root_seed.filter(|_| full),
             kem_private: keys.kem_private.filter(|_| full || capability == Capability::Read),
-            writer_seed: Some(writer_seed).filter(|_| full || capability == Capability::Write),
+            writer_seed: *writer_seed,
             writer,
             ..keys.clone()
         })
@@ -161,6 +165,21 @@ impl Keyset {
     /// What the holder may do.
     pub fn capability(&self) -> Capability {
         self.secrets.0.writer.capability
+    }
+
+    /// Refuses a holder that may only write. `what`: what was wanted, after "it cannot".
+    pub fn may_read(&self, what: &'static str) -> Result<(), KeyError> {
+        if self.capability() == Capability::Write { Err(KeyError::WriteOnly { what }) } else { Ok(()) }
+    }
+
+    /// Refuses a holder that may only read. `what`: what was wanted, after "it cannot".
+    pub fn may_write(&self, what: &'static str) -> Result<(), KeyError> {
+        if self.capability() == Capability::Read { Err(KeyError::ReadOnly { what }) } else { Ok(()) }
+    }
+
+    /// Refuses a holder without the full capability. `what`: what was wanted, after "this key may not".
+    pub fn may_manage(&self, what: &'static str) -> Result<(), KeyError> {
+        if self.capability() == Capability::Full { Ok(()) } else { Err(KeyError::Capability { what }) }
     }
 
     /// Key of the chunk ids, 32 bytes.
@@ -215,9 +234,7 @@ impl Keyset {
         tags: Vec<String>,
         at_ns: i64,
     ) -> Result<SnapshotTags, KeyError> {
-        if self.capability() != Capability::Full {
-            return Err(KeyError::Capability { what: "change tags" });
-        }
+        self.may_manage("change tags")?;
         let signature = self.sign(&snapshot_tags_signed_part(&self.repository(), &snapshot, at_ns, &tags))?;
         let (writer, signature) = (self.encoded_certificate().into(), signature.to_vec().into());
         Ok(SnapshotTags { snapshot, tags, at_ns, writer, signature })
@@ -241,10 +258,9 @@ impl Keyset {
         bytes
     }
 
-    /// Signs with the writer key. Ed25519, 64 bytes.
+    /// Signs with the writer key, whatever its capability: callers ask `may_…` first. Ed25519, 64 bytes.
     pub(crate) fn sign(&self, message: &[u8]) -> Result<[u8; 64], KeyError> {
-        let seed = self.secrets.0.writer_seed.as_ref().ok_or(KeyError::Capability { what: "write snapshots" })?;
-        signature(&key_pair(seed)?, message)
+        signature(&key_pair(&self.secrets.0.writer_seed)?, message)
     }
 
     /// The plaintext that is sealed into a slot; wiped on drop.
@@ -321,7 +337,9 @@ mod tests {
             |keys: &mut KeysetV1| keys.kem_public[0] ^= 1,
             |keys: &mut KeysetV1| keys.writer.signature[0] ^= 1,
             |keys: &mut KeysetV1| keys.writer.capability = Capability::Write,
-            |keys: &mut KeysetV1| keys.writer_seed = Some([9; 32]),
+            |keys: &mut KeysetV1| keys.writer_seed = [9; 32],
+            |keys: &mut KeysetV1| keys.root_seed = None,
+            |keys: &mut KeysetV1| keys.kem_private = None,
             |keys: &mut KeysetV1| keys.repository = RepositoryId([2; 16]),
         ] {
             let mut keys = plain();
@@ -342,10 +360,30 @@ mod tests {
     }
 
     #[test]
-    fn a_read_only_key_cannot_sign() {
-        let reader = keyset().narrowed(Capability::Read).unwrap();
+    fn s45_a_read_only_key_proves_itself_but_can_neither_write_nor_certify() {
+        let full = keyset();
+        let reader = full.narrowed(Capability::Read).unwrap();
         assert!(reader.kem_private().is_some());
-        assert!(matches!(reader.sign_session_proof(&[7; 32]), Err(KeyError::Capability { .. })));
+        let proof = reader.sign_session_proof(&[7; 32]).unwrap();
+        let message = open_session_proof(&[7; 32], &reader.repository());
+        assert!(verify(&reader.writer_certificate().public_key, &message, &proof));
+        assert_ne!(reader.writer_certificate().public_key, full.writer_certificate().public_key);
+        assert!(matches!(reader.narrowed(Capability::Read), Err(KeyError::Capability { .. })));
+        assert!(reader.sign_snapshot_tags(SnapshotId([1; 32]), Vec::new(), 0).is_err());
+    }
+
+    #[test]
+    fn each_capability_allows_what_its_name_says() {
+        let full = keyset();
+        for (capability, reads, writes) in
+            [(Capability::Full, true, true), (Capability::Write, false, true), (Capability::Read, true, false)]
+        {
+            let keyset = full.narrowed(capability).unwrap();
+            let again = Keyset::decode(&keyset.encode()).unwrap();
+            assert_eq!(again.capability(), capability);
+            assert_eq!((again.may_read("x").is_ok(), again.may_write("x").is_ok()), (reads, writes));
+            assert_eq!(again.may_manage("x").is_ok(), capability == Capability::Full);
+        }
     }
 
     #[test]

@@ -16,7 +16,7 @@ pub use key_file::{key_file_path, load_key_file, store_key_file};
 pub use keyset::Keyset;
 pub(crate) use keyset::{WRAP_X25519_HPKE, verify, verify_certificate};
 pub use recovery::{format_recovery_key, parse_recovery_key};
-pub use slots::{SlotSecret, open_slot, seal_slot, unlock};
+pub use slots::{SlotSecret, Unlocked, open_slot, seal_slot, unlock};
 
 /// Why a repository's keys cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -90,6 +90,18 @@ pub enum KeyError {
         /// What was asked for.
         what: &'static str,
     },
+    /// This keyset may only write.
+    #[error("this key may only write, so it cannot {what}; use a key with the read or the full capability")]
+    WriteOnly {
+        /// What was asked for.
+        what: &'static str,
+    },
+    /// This keyset may only read.
+    #[error("this key may only read, so it cannot {what}; use a key with the write or the full capability")]
+    ReadOnly {
+        /// What was asked for.
+        what: &'static str,
+    },
     /// A text is not a recovery key.
     #[error("this is not a recovery key: {why}; compare it with the printed one, group by group")]
     RecoveryKey {
@@ -99,7 +111,7 @@ pub enum KeyError {
 }
 
 impl KeyError {
-    /// Whether the process should end with exit code 12 (wrong key) rather than 1.
+    /// Whether the process should end with exit code 12 (wrong key) rather than 1: another key would help.
     pub fn is_wrong_key(&self) -> bool {
         matches!(
             self,
@@ -107,6 +119,9 @@ impl KeyError {
                 | Self::WrongKey { .. }
                 | Self::ForeignRepository { .. }
                 | Self::RecoveryKey { .. }
+                | Self::Capability { .. }
+                | Self::WriteOnly { .. }
+                | Self::ReadOnly { .. }
         )
     }
 }

@@ -75,8 +75,10 @@ fn seal_slot_as(
         sealed: Vec::new(),
     };
     let key = slot_key(&slot, secret)?;
-    // The plaintext is copied once, into the vector that becomes the ciphertext.
-    let mut sealed = keyset.encode().to_vec();
+    // The plaintext is copied once, into the vector that becomes the ciphertext: with room for the tag, so that it never moves.
+    let plain = keyset.encode();
+    let mut sealed = Vec::with_capacity(plain.len() + AES_256_GCM.tag_len());
+    sealed.extend_from_slice(&plain);
     key.seal_in_place_append_tag(zero_nonce(), Aad::from(slot.encode_visible()), &mut sealed)
         .map_err(|_| KeyError::Derivation { why: "the keyset cannot be sealed".into() })?;
     slot.sealed = sealed;
@@ -99,9 +101,18 @@ pub fn open_slot(slot: &KeySlotV1, secret: &SlotSecret) -> Result<Keyset, KeyErr
     Ok(keyset)
 }
 
+/// A keyset and the slot that it came from.
+#[derive(Debug)]
+pub struct Unlocked {
+    /// The keyset.
+    pub keyset: Keyset,
+    /// Id of the slot that opened.
+    pub slot: [u8; 16],
+}
+
 /// Tries every secret on every slot of its kind; damaged and foreign slots are passed over. The keyset must be that of
 /// `repository`. At most [`limits::KEY_SLOTS_MAX`] slots are looked at.
-pub fn unlock(slots: &[Vec<u8>], secrets: &[SlotSecret], repository: &RepositoryV1) -> Result<Keyset, KeyError> {
+pub fn unlock(slots: &[Vec<u8>], secrets: &[SlotSecret], repository: &RepositoryV1) -> Result<Unlocked, KeyError> {
     let mut tried = Vec::new();
     let mut damaged = None;
     for secret in secrets {
@@ -119,7 +130,7 @@ pub fn unlock(slots: &[Vec<u8>], secrets: &[SlotSecret], repository: &Repository
             match open_slot(&slot, secret) {
                 Ok(keyset) => {
                     keyset.check_repository(repository)?;
-                    return Ok(keyset);
+                    return Ok(Unlocked { keyset, slot: slot.id });
                 }
                 Err(KeyError::WrongKey { .. }) => {}
                 Err(error) => return Err(error),
@@ -154,8 +165,8 @@ fn slot_key(slot: &KeySlotV1, secret: &SlotSecret) -> Result<LessSafeKey, KeyErr
                 .hash_password_into(passphrase.as_bytes(), &slot.salt, key.as_mut_slice())
                 .map_err(failed)?;
         }
-        (SlotSecret::KeyFile(bytes), _) => *key = mixed("strandline 2026 slot key file v1", bytes, &slot.salt),
-        (SlotSecret::Recovery(bytes), _) => *key = mixed("strandline 2026 slot recovery key v1", bytes, &slot.salt),
+        (SlotSecret::KeyFile(bytes), _) => mix("strandline 2026 slot key file v1", bytes, &slot.salt, &mut key),
+        (SlotSecret::Recovery(bytes), _) => mix("strandline 2026 slot recovery key v1", bytes, &slot.salt, &mut key),
         (SlotSecret::Passphrase(_), _) => {
             return Err(KeyError::Derivation { why: "the slot is not made for a passphrase".into() });
         }
@@ -165,10 +176,12 @@ fn slot_key(slot: &KeySlotV1, secret: &SlotSecret) -> Result<LessSafeKey, KeyErr
     Ok(LessSafeKey::new(key))
 }
 
-fn mixed(context: &str, secret: &[u8; 32], salt: &[u8; 32]) -> [u8; 32] {
+fn mix(context: &str, secret: &[u8; 32], salt: &[u8; 32], key: &mut [u8; 32]) {
     let mut hasher = blake3::Hasher::new_derive_key(context);
     hasher.update(secret).update(salt);
-    *hasher.finalize().as_bytes()
+    hasher.finalize_xof().fill(key);
+    // Its buffer holds the secret.
+    hasher.zeroize();
 }
 
 #[cfg(test)]
@@ -230,7 +243,8 @@ mod tests {
         ];
         let passphrase = |text: &str| SlotSecret::Passphrase(text.into());
         unlock(&slots, &[passphrase("two")], &file).unwrap();
-        unlock(&slots, &[passphrase("bad"), SlotSecret::KeyFile([5; 32])], &file).unwrap();
+        let opened = unlock(&slots, &[passphrase("bad"), SlotSecret::KeyFile([5; 32])], &file).unwrap();
+        assert_eq!(opened.slot, KeySlotV1::decode(&slots[3]).unwrap().id);
         let error = unlock(&slots, &[passphrase("bad"), SlotSecret::Recovery([0; 32])], &file).unwrap_err();
         let text = error.to_string();
         assert!(error.is_wrong_key());

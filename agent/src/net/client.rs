@@ -257,6 +257,11 @@ impl Client {
         keyset: &Arc<Keyset>,
         news: Option<Dispatching>,
     ) -> Result<SessionOpened, ClientError> {
+        match kind {
+            SessionKind::Backup => keyset.may_write("save snapshots")?,
+            SessionKind::Restore => keyset.may_read("open what was saved")?,
+            SessionKind::Repack => keyset.may_manage("store blocks again")?,
+        }
         // The proof cannot fail later if it can be made now: it needs nothing but the writer key.
         keyset.sign_session_proof(&[0; 32])?;
         let begin = BeginSession { opener: opener(kind, repository.clone(), Arc::clone(keyset)), dispatcher: news };

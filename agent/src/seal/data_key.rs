@@ -8,7 +8,7 @@ use hpke::kdf::HkdfSha256;
 use hpke::kem::X25519HkdfSha256;
 use hpke::{Deserializable, Kem, OpModeR, OpModeS, Serializable, single_shot_open, single_shot_seal};
 use strandline_messages::RepositoryId;
-use zeroize::Zeroizing;
+use zeroize::{Zeroize, Zeroizing};
 
 use super::{OpenError, SealError};
 use crate::keys::{Keyset, WRAP_X25519_HPKE, random};
@@ -110,7 +110,9 @@ impl DataKey {
         for part in parts {
             hasher.update(part);
         }
-        *hasher.finalize().as_bytes()
+        let salt = *hasher.finalize().as_bytes();
+        hasher.zeroize();
+        salt
     }
 
     /// The key for one sealing, and the commitment to it.
@@ -121,6 +123,9 @@ impl DataKey {
         let mut derived = Derived { key: Zeroizing::new([0; 32]), commitment: [0; 32] };
         output.fill(derived.key.as_mut_slice());
         output.fill(&mut derived.commitment);
+        // Their buffers hold the data key.
+        hasher.zeroize();
+        output.zeroize();
         derived
     }
 }

@@ -47,6 +47,7 @@ pub fn sign_manifest(
     fields: ManifestFields,
     details: &DetailsV1,
 ) -> Result<Vec<u8>, SealError> {
+    keyset.may_write("save snapshots")?;
     check_fields(&fields)?;
     let mut tags = fields.tags;
     tags.sort();
@@ -183,6 +184,7 @@ fn fitting(lengths: impl Iterator<Item = usize>, bytes: usize) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::keys::KeyError;
 
     fn keyset() -> Keyset {
         Keyset::create(RepositoryId([1; 16])).unwrap()
@@ -244,7 +246,10 @@ mod tests {
         assert!(matches!(open_manifest(&keyset, &bytes), Err(OpenError::Signature { .. })));
         let reader = keyset.narrowed(Capability::Read).unwrap();
         let data_key = DataKey::generate(&reader).unwrap();
-        assert!(matches!(sign_manifest(&reader, &data_key, fields(), &details()), Err(SealError::Key(_))));
+        assert!(matches!(
+            sign_manifest(&reader, &data_key, fields(), &details()),
+            Err(SealError::Key(KeyError::ReadOnly { .. }))
+        ));
     }
 
     #[test]

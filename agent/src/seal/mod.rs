@@ -64,7 +64,9 @@ pub enum OpenError {
         algorithm: u8,
     },
     /// This keyset may not read.
-    #[error("this key may write but not read; use a key with the full or the read capability")]
+    #[error(
+        "this key may only write, so it cannot open what was saved; use a key with the read or the full capability"
+    )]
     NoReadCapability,
     /// The data key does not unwrap.
     #[error("the data key of {what} cannot be unwrapped: it was made for another key or forged")]

@@ -120,7 +120,8 @@ pub fn snapshot_tags_signed_part(
 
 /// A repository's secrets in plaintext. Encoded only to be sealed into a slot.
 ///
-/// `capability u8`, then the fields in the order below; an absent secret is one zero byte, a present one a 1 and 32 bytes.
+/// `version u16`, then the fields in the order below. A secret that only some holders have is one zero byte if it is absent,
+/// else a 1 and 32 bytes; the writer seed has that 1, too, and is never absent: every holder proves itself with it.
 #[derive(Clone, PartialEq, Eq)]
 pub struct KeysetV1 {
     /// The repository.
@@ -137,9 +138,9 @@ pub struct KeysetV1 {
     pub kem_private: Option<[u8; 32]>,
     /// X25519 public key to which data keys are wrapped.
     pub kem_public: [u8; 32],
-    /// Ed25519 seed of this holder's writer key (full and write).
-    pub writer_seed: Option<[u8; 32]>,
-    /// Certificate of that key.
+    /// Ed25519 seed of this holder's writer key.
+    pub writer_seed: [u8; 32],
+    /// Certificate of that key: what its holder may do.
     pub writer: WriterCertificateV1,
 }
 
@@ -155,7 +156,7 @@ impl KeysetV1 {
         out.extend_from_slice(&self.root_public);
         put_optional(self.kem_private.as_ref(), &mut out);
         out.extend_from_slice(&self.kem_public);
-        put_optional(self.writer_seed.as_ref(), &mut out);
+        put_optional(Some(&self.writer_seed), &mut out);
         self.writer.encode(&mut out);
         out
     }
@@ -172,7 +173,7 @@ impl KeysetV1 {
             root_public: decoder.array()?,
             kem_private: optional(&mut decoder)?,
             kem_public: decoder.array()?,
-            writer_seed: optional(&mut decoder)?,
+            writer_seed: optional(&mut decoder)?.ok_or_else(|| decoder.invalid("it has no writer key"))?,
             writer: WriterCertificateV1::decode(&mut decoder)?,
         };
         decoder.finish()?;
@@ -349,12 +350,18 @@ mod tests {
             root_public: [5; 32],
             kem_private: Some([6; 32]),
             kem_public: [7; 32],
-            writer_seed: Some([8; 32]),
+            writer_seed: [8; 32],
             writer: WriterCertificateV1 { capability: Capability::Full, public_key: [9; 32], signature: [10; 64] },
         };
-        let bare = KeysetV1 { root_seed: None, kem_private: None, writer_seed: None, ..full.clone() };
+        let bare = KeysetV1 { root_seed: None, kem_private: None, ..full.clone() };
         assert!(KeysetV1::decode(&full.encode()).unwrap() == full);
         assert!(KeysetV1::decode(&bare.encode()).unwrap() == bare);
+        assert_eq!((full.encode().len(), bare.encode().len()), (342, 278));
+        let mut keyless = bare.encode();
+        let seed = keyless.len() - WriterCertificateV1::BYTES - 33;
+        keyless[seed] = 0;
+        keyless.drain(seed + 1..seed + 33);
+        assert!(matches!(KeysetV1::decode(&keyless), Err(FormatError::Invalid { .. })));
     }
 
     #[test]

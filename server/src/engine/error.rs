@@ -94,6 +94,24 @@ pub enum EngineError {
         /// Why.
         reason: String,
     },
+    /// A key slot cannot be added.
+    #[error("the key slot was not added: {reason}; the repository and its other slots are as they were")]
+    SlotNotAdded {
+        /// Why.
+        reason: String,
+    },
+    /// The repository has no such key slot.
+    #[error("there is no key slot {id}; nothing was changed; `strand key list` shows those that there are")]
+    NoSuchSlot {
+        /// Its id, 32 hexadecimal digits.
+        id: String,
+    },
+    /// Without this slot nobody could open the repository.
+    #[error("key slot {id} was not removed: no other one is left that a key could open; add another one first")]
+    LastSlot {
+        /// Its id, 32 hexadecimal digits.
+        id: String,
+    },
     /// The session does not hold its lease any more.
     #[error("session {session} has ended or was superseded; what it stored is safe; start the backup again")]
     Fenced {

@@ -405,6 +405,12 @@ impl Repository {
         Ok(domain)
     }
 
+    /// The writer domain of a snapshot.
+    pub async fn domain_of(&self, snapshot: SnapshotId) -> Result<DomainId, EngineError> {
+        let domain = self.state.common.catalog.snapshot_domain(self.state.number, &snapshot).await?;
+        domain.ok_or(EngineError::NoSuchSnapshot { snapshot })
+    }
+
     /// Decides about each snapshot, writes the decisions down, and carries them out.
     async fn decide(
         &self,

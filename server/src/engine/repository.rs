@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use bytes::Bytes;
+use parking_lot::Mutex;
 use strandline_actors::runtime::clock;
 use strandline_messages::format::block::BlockView;
 use strandline_messages::format::repository::RepositoryV1;
@@ -23,7 +24,6 @@ use crate::catalog::repositories::RepositoryRow;
 use crate::catalog::sessions::NewSession;
 use crate::catalog::snapshots::SnapshotRow;
 use crate::storage::pack_writer::{NewBlock, PackSink, PackWriter};
-use crate::storage::{StorageError, files};
 
 /// Where a chunk lies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -96,6 +96,8 @@ pub struct Repository {
     // The writer's thread holds the state too; it is joined when the writer is dropped.
     pub(super) writer: Arc<PackWriter>,
     pub(super) state: Arc<State>,
+    /// Key slots are added and removed one at a time.
+    pub(super) slot_changes: Arc<Mutex<()>>,
 }
 
 impl Repository {
@@ -127,7 +129,7 @@ impl Repository {
         }
         let sink: Arc<dyn PackSink> = Arc::clone(&state) as Arc<dyn PackSink>;
         let writer = Arc::new(PackWriter::new(ops, paths, id, recovered.next_pack, options, sink));
-        let repository = Self { writer, state };
+        let repository = Self { writer, state, slot_changes: Arc::default() };
         repository.record_packs().await?;
         commit::restore_rows(&repository.state, &decided).await?;
         keeping::apply(&repository.state, decided).await?;
@@ -138,27 +140,6 @@ impl Repository {
     /// The repository file.
     pub fn file(&self) -> &RepositoryV1 {
         &self.state.file
-    }
-
-    /// The encoded key slots, by name.
-    pub async fn slots(&self) -> Result<Vec<Vec<u8>>, EngineError> {
-        let state = Arc::clone(&self.state);
-        blocking(move || {
-            let directory = state.paths.keys();
-            let failed = || StorageError::io("list", &directory);
-            let entries = std::fs::read_dir(&directory).map_err(failed())?;
-            let mut paths = Vec::new();
-            for entry in entries {
-                paths.push(entry.map_err(failed())?.path());
-            }
-            paths.sort();
-            let mut slots = Vec::new();
-            for path in paths.into_iter().take(limits::KEY_SLOTS_MAX) {
-                slots.extend(files::read_small(&path, limits::KEY_SLOT_BYTES_MAX)?);
-            }
-            Ok(slots)
-        })
-        .await
     }
 
     /// Sessions that a crash left open may be resumed: what they stored, as far as it can be told, is kept for a while.

@@ -1,0 +1,228 @@
+//! The key slots of a repository: files in `keys/`, named after the slots' ids.
+//!
+//! Invariants: every slot that was added decodes and belongs to this repository; at least one that does stays; at most
+//! [`limits::KEY_SLOTS_MAX`] are kept. Adding and removing are one at a time, so that two removals cannot take the last two.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use data_encoding::HEXLOWER;
+use strandline_messages::format::keys::KeySlotV1;
+use strandline_messages::format::repository::RepositoryV1;
+use strandline_messages::{RepositoryId, limits};
+
+use super::{EngineError, Repository, blocking};
+use crate::storage::{StorageError, files};
+
+/// Encoded slots with the names of their files.
+pub(super) type NamedSlots = Vec<(String, Vec<u8>)>;
+
+impl Repository {
+    /// The encoded key slots, by name: at most [`limits::KEY_SLOTS_MAX`].
+    pub async fn slots(&self) -> Result<Vec<Vec<u8>>, EngineError> {
+        let directory = self.state.paths.keys();
+        blocking(move || {
+            let mut slots = Vec::new();
+            for (_, path) in list(&directory)?.into_iter().take(limits::KEY_SLOTS_MAX) {
+                slots.extend(files::read_small(&path, limits::KEY_SLOT_BYTES_MAX)?);
+            }
+            Ok(slots)
+        })
+        .await
+    }
+
+    /// Adds an encoded key slot; durable when this returns. The same slot again changes nothing. Refused with
+    /// [`EngineError::SlotNotAdded`]: one that does not decode, belongs to another repository, takes the id of a slot that
+    /// is there, or is one too many.
+    pub async fn add_slot(&self, slot: Vec<u8>) -> Result<(), EngineError> {
+        let (directory, repository) = (self.state.paths.keys(), self.state.file.id);
+        let one_at_a_time = Arc::clone(&self.slot_changes);
+        blocking(move || {
+            let _changing = one_at_a_time.lock();
+            add(&directory, repository, &slot)
+        })
+        .await
+    }
+
+    /// Removes a key slot; it stays removed after a power cut when this returns. [`EngineError::NoSuchSlot`] if it is not
+    /// there, [`EngineError::LastSlot`] if no other is left that a key could open.
+    pub async fn remove_slot(&self, id: [u8; 16]) -> Result<(), EngineError> {
+        let (directory, repository) = (self.state.paths.keys(), self.state.file.id);
+        let one_at_a_time = Arc::clone(&self.slot_changes);
+        blocking(move || {
+            let _changing = one_at_a_time.lock();
+            remove(&directory, repository, &id)
+        })
+        .await
+    }
+}
+
+/// The slots of a new repository with their names, checked.
+pub(super) fn named_slots(file: &RepositoryV1, slots: Vec<Vec<u8>>) -> Result<NamedSlots, EngineError> {
+    let refused = |reason: &str| EngineError::BadSlot { reason: reason.to_owned() };
+    if slots.len() > limits::KEY_SLOTS_MAX {
+        return Err(refused("there are too many"));
+    }
+    let mut named = NamedSlots::new();
+    for bytes in slots {
+        let slot = KeySlotV1::decode(&bytes).map_err(|error| refused(&error.to_string()))?;
+        if slot.repository != file.id {
+            return Err(refused("one belongs to another repository"));
+        }
+        named.push((HEXLOWER.encode(&slot.id), bytes));
+    }
+    Ok(named)
+}
+
+fn add(directory: &Path, repository: RepositoryId, bytes: &[u8]) -> Result<(), EngineError> {
+    let refused = |reason: String| EngineError::SlotNotAdded { reason };
+    let slot = KeySlotV1::decode(bytes).map_err(|error| refused(error.to_string()))?;
+    if slot.repository != repository {
+        return Err(refused(format!("it belongs to repository {}", slot.repository)));
+    }
+    files::remove_temporaries(directory)?;
+    let name = HEXLOWER.encode(&slot.id);
+    let path = directory.join(&name);
+    if let Some(there) = files::read_small(&path, limits::KEY_SLOT_BYTES_MAX)? {
+        // A request whose answer was lost comes again.
+        return if there == bytes { Ok(()) } else { Err(refused(format!("there is another slot {name}"))) };
+    }
+    if list(directory)?.len() >= limits::KEY_SLOTS_MAX {
+        let max = limits::KEY_SLOTS_MAX;
+        return Err(refused(format!("there are {max} already, which is the limit; remove one that nobody needs")));
+    }
+    Ok(files::write_atomically(&path, bytes)?)
+}
+
+fn remove(directory: &Path, repository: RepositoryId, id: &[u8; 16]) -> Result<(), EngineError> {
+    let name = HEXLOWER.encode(id);
+    let slots = list(directory)?;
+    if !slots.iter().any(|(found, _)| *found == name) {
+        return Err(EngineError::NoSuchSlot { id: name });
+    }
+    let mut others = slots.iter().filter(|(found, _)| *found != name);
+    if !others.any(|(found, path)| is_usable(path, repository, found)) {
+        return Err(EngineError::LastSlot { id: name });
+    }
+    let path = directory.join(&name);
+    std::fs::remove_file(&path).map_err(StorageError::io("remove", &path))?;
+    Ok(files::sync_directory(directory)?)
+}
+
+/// Whether a key could open it: a slot that is damaged opens for nobody and does not count as one that is left.
+fn is_usable(path: &Path, repository: RepositoryId, name: &str) -> bool {
+    let read = files::read_small(path, limits::KEY_SLOT_BYTES_MAX).ok().flatten();
+    let slot = read.and_then(|bytes| KeySlotV1::decode(&bytes).ok());
+    slot.is_some_and(|slot| slot.repository == repository && HEXLOWER.encode(&slot.id) == name)
+}
+
+/// The files of the directory whose names are those of slots, by name. What was left unfinished is none.
+fn list(directory: &Path) -> Result<Vec<(String, PathBuf)>, EngineError> {
+    let failed = || StorageError::io("list", directory);
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(directory).map_err(failed())? {
+        let entry = entry.map_err(failed())?;
+        let Ok(name) = entry.file_name().into_string() else { continue };
+        let named = HEXLOWER.decode(name.as_bytes()).is_ok_and(|id| id.len() == 16);
+        if named {
+            found.push((name, entry.path()));
+        }
+    }
+    found.sort();
+    Ok(found)
+}
+
+#[cfg(test)]
+mod tests {
+    use strandline_messages::format::keys::SlotKind;
+
+    use super::*;
+    use crate::engine::fixture::{REPOSITORY, open, repository, repository_file, tenant};
+
+    fn slot(n: u8) -> Vec<u8> {
+        slot_of(REPOSITORY, [n; 16], "label")
+    }
+
+    fn slot_of(repository: RepositoryId, id: [u8; 16], label: &str) -> Vec<u8> {
+        let (label, salt, sealed) = (label.to_owned(), [7; 32], vec![9; 300]);
+        KeySlotV1 { repository, id, created_ns: 5, label, kind: SlotKind::KeyFile, salt, sealed }.encode()
+    }
+
+    #[actix_rt::test]
+    async fn slots_come_and_go_and_outlive_a_restart() {
+        let dir = tempfile::tempdir().unwrap();
+        let engine = open(dir.path()).await;
+        let one = repository(&engine).await;
+        one.add_slot(slot(2)).await.unwrap();
+        one.add_slot(slot(1)).await.unwrap();
+        one.add_slot(slot(3)).await.unwrap();
+        one.remove_slot([2; 16]).await.unwrap();
+        assert_eq!(one.slots().await.unwrap(), [slot(1), slot(3)]);
+        engine.close().await.unwrap();
+        let engine = open(dir.path()).await;
+        assert_eq!(repository(&engine).await.slots().await.unwrap(), [slot(1), slot(3)]);
+    }
+
+    #[actix_rt::test]
+    async fn the_last_slot_that_can_be_opened_is_never_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        let engine = open(dir.path()).await;
+        let one = repository(&engine).await;
+        one.add_slot(slot(1)).await.unwrap();
+        assert!(matches!(one.remove_slot([1; 16]).await, Err(EngineError::LastSlot { .. })));
+        one.add_slot(slot(2)).await.unwrap();
+        std::fs::write(one.state.paths.keys().join("02".repeat(16)), b"rot").unwrap();
+        assert!(matches!(one.remove_slot([1; 16]).await, Err(EngineError::LastSlot { .. })), "a damaged one is none");
+        one.remove_slot([2; 16]).await.unwrap();
+        assert_eq!(one.slots().await.unwrap(), [slot(1)]);
+        assert!(matches!(one.remove_slot([2; 16]).await, Err(EngineError::NoSuchSlot { .. })));
+    }
+
+    #[actix_rt::test]
+    async fn two_removals_at_once_leave_one_slot() {
+        let dir = tempfile::tempdir().unwrap();
+        let engine = open(dir.path()).await;
+        let one = repository(&engine).await;
+        one.add_slot(slot(1)).await.unwrap();
+        one.add_slot(slot(2)).await.unwrap();
+        let both = futures_util::future::join(one.remove_slot([1; 16]), one.remove_slot([2; 16])).await;
+        assert!(both.0.is_ok() ^ both.1.is_ok(), "{both:?}");
+        assert_eq!(one.slots().await.unwrap().len(), 1);
+    }
+
+    #[actix_rt::test]
+    async fn slots_that_are_damaged_foreign_too_many_or_in_anothers_place_are_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let engine = open(dir.path()).await;
+        let one = repository(&engine).await;
+        one.add_slot(slot(1)).await.unwrap();
+        let refused = |result: Result<(), EngineError>, words: &str| match result {
+            Err(EngineError::SlotNotAdded { reason }) => assert!(reason.contains(words), "{reason}"),
+            other => panic!("{other:?}"),
+        };
+        let mut damaged = slot(2);
+        damaged[60] ^= 1;
+        refused(one.add_slot(damaged).await, "digest");
+        refused(one.add_slot(vec![0; limits::KEY_SLOT_BYTES_MAX + 1]).await, "key slot");
+        refused(one.add_slot(slot_of(RepositoryId([1; 16]), [2; 16], "")).await, "belongs to repository");
+        refused(one.add_slot(slot_of(REPOSITORY, [1; 16], "other")).await, "another slot 0101");
+        one.add_slot(slot(1)).await.unwrap();
+        for n in 2..=u8::try_from(limits::KEY_SLOTS_MAX).unwrap() {
+            one.add_slot(slot(n)).await.unwrap();
+        }
+        refused(one.add_slot(slot(200)).await, "the limit");
+        assert_eq!(one.slots().await.unwrap().len(), limits::KEY_SLOTS_MAX);
+    }
+
+    #[actix_rt::test]
+    async fn what_a_dead_writer_left_unfinished_is_no_slot() {
+        let dir = tempfile::tempdir().unwrap();
+        let engine = open(dir.path()).await;
+        let file = repository_file("main");
+        let one = engine.create_repository(&tenant(), file, vec![slot(1)]).await.unwrap();
+        std::fs::write(one.state.paths.keys().join(".unfinished-x"), b"half").unwrap();
+        assert_eq!(one.slots().await.unwrap(), [slot(1)]);
+        one.add_slot(slot(2)).await.unwrap();
+        assert_eq!(std::fs::read_dir(one.state.paths.keys()).unwrap().count(), 2);
+    }
+}
