@@ -150,15 +150,22 @@ impl JobView {
         self.ended.notify_one();
     }
 
+    /// Why the session was lost, if it was.
+    pub(crate) fn take_fault(&self) -> Option<String> {
+        self.fault.lock().take()
+    }
+
     fn is_interrupted(&self) -> bool {
         self.interrupted.load(Ordering::Relaxed)
     }
 }
 
 /// See the module.
-struct Job {
-    view: Arc<JobView>,
-    budget: ByteBudget,
+pub(crate) struct Job {
+    /// Learns why the session is lost.
+    pub(crate) view: Arc<JobView>,
+    /// Closed then, so that nobody waits for room any more.
+    pub(crate) budget: ByteBudget,
 }
 
 impl Actor for Job {

@@ -13,7 +13,7 @@
 //! the sink. Blocks of trees are sealed by one thread, so that children are always sent before their parents.
 
 mod assemble;
-mod blocks;
+pub(crate) mod blocks;
 mod feed;
 mod items;
 pub mod ports;

@@ -74,6 +74,10 @@ pub enum Command {
     Ls(Ls),
     /// Restore a snapshot, or a part of it
     Restore(Restore),
+    /// Free what no snapshot needs any more
+    Prune(super::prune::Prune),
+    /// Verify what is stored
+    Check(super::check::Check),
     /// Show the repository and its server
     Status,
     /// Manage what opens the repository: passphrases, key files, recovery keys, keys for other machines

@@ -26,8 +26,8 @@ use crate::net::SessionSettings;
 use crate::scan::walk::identity_of;
 
 const STREAMS: u16 = 4;
-const WINDOW_BYTES: u64 = 64 << 20;
-const ZSTD_LEVEL: i32 = 3;
+pub(super) const WINDOW_BYTES: u64 = 64 << 20;
+pub(super) const ZSTD_LEVEL: i32 = 3;
 
 /// Runs the command.
 pub async fn run(global: &Global, place: &Place, backup: Backup) -> anyhow::Result<Fate> {

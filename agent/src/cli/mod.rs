@@ -2,6 +2,7 @@
 
 mod args;
 mod backup;
+mod check;
 mod enroll;
 mod fate;
 mod key;
@@ -9,6 +10,7 @@ mod key_add;
 mod ls;
 mod output;
 mod progress;
+mod prune;
 mod repository;
 mod restore;
 mod secrets;
@@ -80,6 +82,8 @@ async fn run(arguments: Arguments) -> anyhow::Result<Fate> {
         Command::Snapshots(snapshots) => snapshots::run(&global, &place, &snapshots).await,
         Command::Ls(ls) => ls::run(&global, &place, &ls).await,
         Command::Restore(restore) => restore::run(&global, &place, restore).await,
+        Command::Prune(prune) => prune::run(&global, &place, &prune).await,
+        Command::Check(check) => check::run(&global, &place, &check).await,
         Command::Status => status::run(&global, &place).await,
         Command::Key(key) => key::run(&global, &place, key).await,
         Command::Enroll { token, label } => enroll::run(&global, &place, &token, label).await,

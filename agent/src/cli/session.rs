@@ -45,6 +45,11 @@ impl Reading {
         Arc::new(NetworkSource::new(Arc::clone(&self.blocks), Some(snapshot)))
     }
 
+    /// Where the chunks come from that this key's own writer domain has.
+    pub fn own_source(&self) -> Arc<dyn ChunkSource> {
+        Arc::new(NetworkSource::new(Arc::clone(&self.blocks), None))
+    }
+
     /// Closes the streams, then the session. An empty reason means that everything was read.
     pub async fn close(self, opened: &Opened, reason: &str) {
         // The fetcher ends with this process.

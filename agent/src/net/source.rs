@@ -142,18 +142,25 @@ impl ChunkSource for NetworkSource {
         let pending = Arc::new(Mutex::new(Pending { chunks: names.as_ref().clone(), blocks: HashSet::new() }));
         let taker = {
             let (reader, wanted, pending) = (reader.clone(), Arc::clone(&names), Arc::clone(&pending));
-            Box::new(move |block: Bytes| {
+            move |block: Bytes| {
                 if pending.lock().note(&block) {
                     let arrival = Arrival { block, wanted: Arc::clone(&wanted), reader: reader.clone() };
                     // The queue holds what the credit allows; if it is full, the peer has not kept to its credit.
                     let _ = arrivals.try_send(arrival);
                 }
-            })
+            }
         };
-        let fetching = self.blocks.fetcher.send(FetchBlocks { snapshot: self.snapshot, ids: wanted, taker });
+        let (fetcher, snapshot) = (self.blocks.fetcher.clone(), self.snapshot);
+        let fetching = fetcher.send(FetchBlocks { snapshot, ids: wanted, taker: Box::new(taker.clone()) });
         let finishing = async move {
-            let unread = || pending.lock().chunks.iter().copied().collect();
-            let failure = match fetching.await.unwrap_or(Err(AskError::Closed)) {
+            let unread = || pending.lock().chunks.iter().copied().collect::<Vec<ChunkId>>();
+            let mut fetched = fetching.await.unwrap_or(Err(AskError::Closed));
+            if matches!(&fetched, Ok(fetched) if !fetched.damage.is_empty()) {
+                // Between finding a block and reading it the server may have freed it, because another copy is there.
+                let again = FetchBlocks { snapshot, ids: unread(), taker: Box::new(taker) };
+                fetched = fetcher.send(again).await.unwrap_or(Err(AskError::Closed));
+            }
+            let failure = match fetched {
                 Ok(fetched) if !fetched.damage.is_empty() => {
                     Some(FetchError::Unreadable { reason: fetched.damage.trim().replace('\n', "; "), chunks: unread() })
                 }

@@ -84,8 +84,10 @@ pub enum Operation {
         /// Which.
         subset: ScrubSubset,
     },
-    /// The blocks that are partly dead, in the order of packs and offsets, those that waste most first.
+    /// The blocks that the last collection found partly dead, those that waste most first.
     ListPartlyDead {
+        /// So many of them are known already.
+        skip: u32,
         /// At most so many.
         limit: u32,
     },
