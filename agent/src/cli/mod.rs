@@ -2,8 +2,14 @@
 
 mod args;
 mod backup;
+mod choice;
+mod diff;
+mod dump;
 mod enroll;
 mod fate;
+mod filter;
+mod find;
+mod listing;
 mod ls;
 mod output;
 mod progress;
@@ -13,6 +19,7 @@ mod selector;
 mod session;
 mod settings;
 mod snapshots;
+mod stats;
 mod status;
 
 use std::process::ExitCode;
@@ -75,6 +82,10 @@ async fn run(arguments: Arguments) -> anyhow::Result<Fate> {
         Command::Backup(backup) => backup::run(&global, &place, backup).await,
         Command::Snapshots(snapshots) => snapshots::run(&global, &place, &snapshots).await,
         Command::Ls(ls) => ls::run(&global, &place, &ls).await,
+        Command::Find(find) => find::run(&global, &place, find).await,
+        Command::Diff(diff) => diff::run(&global, &place, diff).await,
+        Command::Dump(dump) => dump::run(&global, &place, dump).await,
+        Command::Stats(stats) => stats::run(&global, &place, stats).await,
         Command::Restore(restore) => restore::run(&global, &place, restore).await,
         Command::Status => status::run(&global, &place).await,
         Command::Enroll { token, label } => enroll::run(&global, &place, &token, label).await,

@@ -96,11 +96,7 @@ impl Spread {
     }
 
     /// The next bytes of the content stream.
-    pub(super) fn feed<E>(
-        &mut self,
-        mut bytes: &[u8],
-        mut put: impl FnMut(&[u8]) -> Result<(), E>,
-    ) -> Result<(), E> {
+    pub(super) fn feed<E>(&mut self, mut bytes: &[u8], mut put: impl FnMut(&[u8]) -> Result<(), E>) -> Result<(), E> {
         while !bytes.is_empty() {
             self.fill_holes(&mut put)?;
             let room = self.holes.peek().map_or(u64::MAX, |hole| hole.offset - self.position);

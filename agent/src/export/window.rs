@@ -19,7 +19,10 @@ const LOOK_UP: Duration = Duration::from_millis(200);
 pub(super) enum Step {
     Begin(Box<Item>),
     Inline(Vec<u8>),
-    Piece { id: ChunkId, bytes: u32 },
+    Piece {
+        id: ChunkId,
+        bytes: u32,
+    },
     End,
     /// Everything was planned.
     Complete,
@@ -114,9 +117,8 @@ pub(super) fn collect(
         },
     }
     // What did not come fails, with the reason that was given or is most likely.
-    let likely = problems
-        .iter()
-        .find(|problem| matches!(problem, FetchError::Damaged { .. } | FetchError::Unreadable { .. }));
+    let likely =
+        problems.iter().find(|problem| matches!(problem, FetchError::Damaged { .. } | FetchError::Unreadable { .. }));
     for id in wanted {
         let named = problems.iter().find(|problem| problem.concerns(&id));
         let reason = match named.or(likely) {
@@ -203,7 +205,9 @@ impl<S: Sink> Writing<'_, S> {
         let content = match chunks.take(&id, self.shared)? {
             Ok(content) if content.len() == bytes as usize => content,
             Ok(_) => {
-                return Err(self.unreadable("the tree contradicts itself: a chunk has another length than its list says"));
+                return Err(
+                    self.unreadable("the tree contradicts itself: a chunk has another length than its list says")
+                );
             }
             Err(reason) => return Err(self.unreadable(&reason)),
         };

@@ -4,8 +4,8 @@
 //! a temporary file. Source: PKWARE's APPNOTE.TXT 6.3.10; extra fields `UT` (time) and `ux` (owner) of Info-ZIP.
 //! Zip knows no hard links (each name is a file of its own), no devices, pipes and sockets, no extended attributes.
 
-use std::io::{self, BufWriter, Seek, SeekFrom, Write};
 use std::fs::File;
+use std::io::{self, BufWriter, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use flate2::write::DeflateEncoder;
@@ -143,7 +143,8 @@ impl Sink for Zip<'_> {
             Kind::HardLink(_) => return Ok(Taken::No("zip archives hold no hard links")),
         };
         let mut entry = Entry::new(&item, self.offset);
-        entry.external = ((kind_bits | u32::from(item.mode)) << 16) | u32::from(matches!(item.kind, Kind::Directory)) << 4;
+        entry.external =
+            ((kind_bits | u32::from(item.mode)) << 16) | u32::from(matches!(item.kind, Kind::Directory)) << 4;
         if entry.name.len() > usize::from(u16::MAX) {
             return Ok(Taken::No("zip archives hold no paths longer than 65,535 bytes"));
         }
