@@ -180,7 +180,7 @@ pub struct Found<'a> {
 /// A search through many snapshots.
 pub struct Search {
     query: Query,
-    look: Look,
+    pub(super) look: Look,
     barren: Recent<[u8; 32], ()>,
 }
 
