@@ -194,6 +194,8 @@ enum Taken {
     Yes,
     /// It cannot, and why.
     No(&'static str),
+    /// This kind of archive does without it.
+    Unneeded,
 }
 
 /// What is written: told of each entry, then of its content, then that it is over.

@@ -196,6 +196,7 @@ impl<S: Sink> Writing<'_, S> {
                 self.remark(&path, format!("left out: {why}"));
                 false
             }
+            Taken::Unneeded => false,
         };
         self.current = Some(Current { path, expected, found: 0, taken });
         Ok(())

@@ -133,6 +133,10 @@ impl Sink for Zip<'_> {
     const HARD_LINKS: bool = false;
 
     fn begin(&mut self, item: Item) -> Result<Taken, ExportError> {
+        // Unlike tar, zip has no name for the directory in which an archive is unpacked.
+        if item.path == b"." {
+            return Ok(Taken::Unneeded);
+        }
         let kind_bits: u32 = match &item.kind {
             Kind::File { .. } => 0o100_000,
             Kind::Directory => 0o040_000,

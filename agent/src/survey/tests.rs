@@ -145,7 +145,7 @@ fn directories_without_a_match_are_not_read_again_unless_their_path_matters() {
         let empty: Arc<dyn ChunkSource> = MemoryRepository::new().finish();
         // The cache is emptied: only what is remembered is left.
         search.look = Look::new();
-        super::tests::search(search, &empty, root).1
+        self::search(search, &empty, root).1
     };
     assert_eq!(fetched(&mut by_name, first), 1, "a root with a match is read again");
     let mut nothing = Search::new(query("haystack"));

@@ -89,12 +89,21 @@ impl RestoreSize {
                 Ok((_, Step::Leave)) => self.leave(&mut frames),
                 Err(error) => {
                     frame.whole = false;
+                    let lost = error.error.is_lost();
                     problem(error);
+                    if lost {
+                        break;
+                    }
                 }
             }
         }
-        let mut totals = frames.first().map(|frame| frame.totals).unwrap_or_default();
-        self.leave(&mut frames);
+        let mut totals = FileTotals::default();
+        for frame in &frames {
+            totals += frame.totals;
+        }
+        if let [_] = frames.as_slice() {
+            self.leave(&mut frames);
+        }
         for inode in inodes.merge()? {
             totals.bytes = totals.bytes.saturating_add(inode?.1);
         }
@@ -173,7 +182,13 @@ impl UniqueFiles {
                     }
                 }
                 Ok((_, Step::Leave)) => {}
-                Err(error) => problem(error),
+                Err(error) => {
+                    let lost = error.error.is_lost();
+                    problem(error);
+                    if lost {
+                        break;
+                    }
+                }
             }
         }
         Ok(())
