@@ -6,7 +6,12 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 
+use super::diff::Diff;
+use super::dump::Dump;
+use super::find::Find;
 use super::key::Key;
+use super::ls::Ls;
+use super::stats::Stats;
 
 /// Fast, deduplicated, encrypted backups over parallel mutual-TLS streams.
 #[derive(Parser, Debug)]
@@ -72,6 +77,14 @@ pub enum Command {
     Snapshots(Snapshots),
     /// List the files of a snapshot
     Ls(Ls),
+    /// Find files in snapshots
+    Find(Find),
+    /// Show what differs between two snapshots
+    Diff(Diff),
+    /// Write a file, or a directory as an archive, to standard output
+    Dump(Dump),
+    /// Count what snapshots hold and what they cost
+    Stats(Stats),
     /// Restore a snapshot, or a part of it
     Restore(Restore),
     /// Free what no snapshot needs any more
@@ -144,16 +157,6 @@ pub struct Snapshots {
     /// Only the newest N of each host and set of paths
     #[arg(long, value_name = "N")]
     pub latest: Option<usize>,
-}
-
-/// `strand ls`.
-#[derive(Args, Debug)]
-pub struct Ls {
-    /// An id or its beginning, `latest` or `latest~N`; then optionally `:PATH`
-    pub snapshot: String,
-    /// Mode, owner, size and time, too
-    #[arg(short, long)]
-    pub long: bool,
 }
 
 /// `strand restore`.

@@ -3,10 +3,16 @@
 mod args;
 mod backup;
 mod check;
+mod choice;
+mod diff;
+mod dump;
 mod enroll;
 mod fate;
+mod filter;
+mod find;
 mod key;
 mod key_add;
+mod listing;
 mod ls;
 mod output;
 mod progress;
@@ -18,6 +24,7 @@ mod selector;
 mod session;
 mod settings;
 mod snapshots;
+mod stats;
 mod status;
 
 use std::process::ExitCode;
@@ -81,6 +88,10 @@ async fn run(arguments: Arguments) -> anyhow::Result<Fate> {
         Command::Backup(backup) => backup::run(&global, &place, backup).await,
         Command::Snapshots(snapshots) => snapshots::run(&global, &place, &snapshots).await,
         Command::Ls(ls) => ls::run(&global, &place, &ls).await,
+        Command::Find(find) => find::run(&global, &place, find).await,
+        Command::Diff(diff) => diff::run(&global, &place, diff).await,
+        Command::Dump(dump) => dump::run(&global, &place, dump).await,
+        Command::Stats(stats) => stats::run(&global, &place, stats).await,
         Command::Restore(restore) => restore::run(&global, &place, restore).await,
         Command::Prune(prune) => prune::run(&global, &place, &prune).await,
         Command::Check(check) => check::run(&global, &place, &check).await,

@@ -23,7 +23,7 @@ use crate::seal::OpenError;
 pub use listing::{DirEntry, Entries, Pieces, SourceErrors};
 pub use reader::{Node, Resolved, TreeReader};
 pub use source::{ChunkSource, FetchError, Fetched};
-pub use walk::{Step, Walk, WalkError};
+pub use walk::{DEPTH_MAX, Step, Walk, WalkError};
 
 /// Why a part of a snapshot's tree cannot be read.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
