@@ -2,11 +2,15 @@
 
 mod args;
 mod backup;
+mod changes;
 mod enroll;
 mod fate;
+mod filter;
+mod forget;
 mod ls;
 mod output;
 mod progress;
+mod protect;
 mod repository;
 mod restore;
 mod selector;
@@ -14,6 +18,8 @@ mod session;
 mod settings;
 mod snapshots;
 mod status;
+mod tag;
+mod undelete;
 
 use std::process::ExitCode;
 
@@ -74,6 +80,11 @@ async fn run(arguments: Arguments) -> anyhow::Result<Fate> {
         Command::Init => repository::init(&global, &place).await,
         Command::Backup(backup) => backup::run(&global, &place, backup).await,
         Command::Snapshots(snapshots) => snapshots::run(&global, &place, &snapshots).await,
+        Command::Forget(forget) => forget::run(&global, &place, &forget).await,
+        Command::Undelete(undelete) => undelete::run(&global, &place, &undelete).await,
+        Command::Tag(tag) => tag::run(&global, &place, &tag).await,
+        Command::Protect(protect) => protect::run(&global, &place, &protect, true).await,
+        Command::Unprotect(protect) => protect::run(&global, &place, &protect, false).await,
         Command::Ls(ls) => ls::run(&global, &place, &ls).await,
         Command::Restore(restore) => restore::run(&global, &place, restore).await,
         Command::Status => status::run(&global, &place).await,
