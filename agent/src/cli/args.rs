@@ -9,9 +9,14 @@ use clap_complete::Shell;
 use super::diff::Diff;
 use super::dump::Dump;
 use super::find::Find;
+use super::forget::Forget;
 use super::key::Key;
 use super::ls::Ls;
+use super::protect::Protect;
+use super::snapshots::Snapshots;
 use super::stats::Stats;
+use super::tag::Tag;
+use super::undelete::Undelete;
 
 /// Fast, deduplicated, encrypted backups over parallel mutual-TLS streams.
 #[derive(Parser, Debug)]
@@ -75,6 +80,16 @@ pub enum Command {
     Backup(Backup),
     /// List snapshots
     Snapshots(Snapshots),
+    /// Delete snapshots, those named or those that a policy does not keep
+    Forget(Box<Forget>),
+    /// Bring deleted snapshots back
+    Undelete(Undelete),
+    /// Change the tags of snapshots
+    Tag(Tag),
+    /// Keep snapshots from being deleted by anybody
+    Protect(Protect),
+    /// Let snapshots be deleted again
+    Unprotect(Protect),
     /// List the files of a snapshot
     Ls(Ls),
     /// Find files in snapshots
@@ -143,20 +158,6 @@ pub struct Backup {
     /// Send and store nothing; tell what would be
     #[arg(short = 'n', long)]
     pub dry_run: bool,
-}
-
-/// `strand snapshots`.
-#[derive(Args, Debug)]
-pub struct Snapshots {
-    /// Only snapshots of this host
-    #[arg(long)]
-    pub host: Option<String>,
-    /// Only snapshots with this tag; repeated: with all of them
-    #[arg(long, value_name = "TAG")]
-    pub tag: Vec<String>,
-    /// Only the newest N of each host and set of paths
-    #[arg(long, value_name = "N")]
-    pub latest: Option<usize>,
 }
 
 /// `strand restore`.

@@ -2,6 +2,7 @@
 
 mod args;
 mod backup;
+mod changes;
 mod check;
 mod choice;
 mod diff;
@@ -10,12 +11,14 @@ mod enroll;
 mod fate;
 mod filter;
 mod find;
+mod forget;
 mod key;
 mod key_add;
 mod listing;
 mod ls;
 mod output;
 mod progress;
+mod protect;
 mod prune;
 mod repository;
 mod restore;
@@ -26,6 +29,8 @@ mod settings;
 mod snapshots;
 mod stats;
 mod status;
+mod tag;
+mod undelete;
 
 use std::process::ExitCode;
 
@@ -87,6 +92,11 @@ async fn run(arguments: Arguments) -> anyhow::Result<Fate> {
         Command::Init => repository::init(&global, &place).await,
         Command::Backup(backup) => backup::run(&global, &place, backup).await,
         Command::Snapshots(snapshots) => snapshots::run(&global, &place, &snapshots).await,
+        Command::Forget(forget) => forget::run(&global, &place, &forget).await,
+        Command::Undelete(undelete) => undelete::run(&global, &place, &undelete).await,
+        Command::Tag(tag) => tag::run(&global, &place, &tag).await,
+        Command::Protect(protect) => protect::run(&global, &place, &protect, true).await,
+        Command::Unprotect(protect) => protect::run(&global, &place, &protect, false).await,
         Command::Ls(ls) => ls::run(&global, &place, &ls).await,
         Command::Find(find) => find::run(&global, &place, find).await,
         Command::Diff(diff) => diff::run(&global, &place, diff).await,

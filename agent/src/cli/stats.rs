@@ -183,7 +183,7 @@ struct Stored {
     snapshots: u64,
     deleted: u64,
     stored_bytes: u64,
-    condemned_bytes: u64,
+    condemned_blocks: u64,
     blocks: u64,
     chunks: u64,
     damaged_blocks: u64,
@@ -244,7 +244,7 @@ fn print_json(
         snapshots: repository.snapshots,
         deleted: repository.deleted,
         stored_bytes: repository.stored_bytes,
-        condemned_bytes: repository.condemned_bytes,
+        condemned_blocks: repository.condemned_blocks,
         blocks: repository.blocks,
         chunks: repository.chunks,
         damaged_blocks: repository.damaged_blocks,
@@ -299,7 +299,7 @@ fn text(snapshots: &[Snapshot], mode: Mode, counted: &Counted, repository: Optio
             }
         };
         note(repository.deleted, format!("{} deleted ones can be brought back", repository.deleted));
-        note(repository.condemned_bytes, format!("{} wait to be freed", output::size(repository.condemned_bytes)));
+        note(repository.condemned_blocks, format!("{} blocks wait to be freed", repository.condemned_blocks));
         note(repository.damaged_blocks, format!("{} damaged blocks", repository.damaged_blocks));
         text.push('\n');
     }
