@@ -3,8 +3,10 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Args, Parser, Subcommand};
 use clap_complete::Shell;
+
+use super::restore::Restore;
 
 /// Fast, deduplicated, encrypted backups over parallel mutual-TLS streams.
 #[derive(Parser, Debug)]
@@ -146,42 +148,6 @@ pub struct Ls {
     /// Mode, owner, size and time, too
     #[arg(short, long)]
     pub long: bool,
-}
-
-/// `strand restore`.
-#[derive(Args, Debug)]
-pub struct Restore {
-    /// An id or its beginning, `latest` or `latest~N`; then optionally `:PATH`
-    pub snapshot: String,
-    /// Directory to restore into; made if it does not exist
-    #[arg(short, long, value_name = "DIR")]
-    pub target: PathBuf,
-    /// Restore only what matches, and what lies below; may be repeated
-    #[arg(short, long, value_name = "PATTERN")]
-    pub include: Vec<String>,
-    /// Leave out what matches; may be repeated
-    #[arg(short, long, value_name = "PATTERN")]
-    pub exclude: Vec<String>,
-    /// What to do with files that exist; needed if the target is not empty
-    #[arg(long, value_enum, value_name = "WHEN")]
-    pub overwrite: Option<Overwrite>,
-    /// Read everything again afterwards and compare it with the snapshot
-    #[arg(long)]
-    pub verify: bool,
-    /// Parallel data streams, 1 to 64; the server may allow fewer
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
-    pub streams: Option<u16>,
-}
-
-/// `--overwrite`.
-#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Overwrite {
-    /// Replace files
-    Always,
-    /// Replace files whose size or modification time differs
-    IfChanged,
-    /// Leave whatever exists
-    Never,
 }
 
 fn duration(text: &str) -> Result<Duration, String> {

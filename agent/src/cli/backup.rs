@@ -43,7 +43,7 @@ pub async fn run(global: &Global, place: &Place, backup: Backup) -> anyhow::Resu
 }
 
 /// File caches hold names and small contents: they are nobody else's business.
-fn make_private(directory: &Path) -> anyhow::Result<()> {
+pub fn make_private(directory: &Path) -> anyhow::Result<()> {
     DirBuilder::new()
         .recursive(true)
         .mode(0o700)
