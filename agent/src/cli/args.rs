@@ -6,6 +6,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand};
 use clap_complete::Shell;
 
+use super::backup::Backup;
 use super::restore::Restore;
 
 /// Fast, deduplicated, encrypted backups over parallel mutual-TLS streams.
@@ -67,7 +68,7 @@ pub enum Command {
     /// Make a repository (a directory makes itself at its first backup)
     Init,
     /// Save files and directories as a new snapshot
-    Backup(Backup),
+    Backup(Box<Backup>),
     /// List snapshots
     Snapshots(Snapshots),
     /// List the files of a snapshot
@@ -89,41 +90,6 @@ pub enum Command {
         /// For which shell
         shell: Shell,
     },
-}
-
-/// `strand backup`.
-#[derive(Args, Debug)]
-pub struct Backup {
-    /// Files and directories to save
-    #[arg(required = true, value_name = "PATH")]
-    pub paths: Vec<PathBuf>,
-    /// Leave out what matches (`*.tmp`, `/var/cache`, `**/node_modules`); may be repeated
-    #[arg(short, long, value_name = "PATTERN")]
-    pub exclude: Vec<String>,
-    /// Tag of the snapshot; may be repeated or separated by commas
-    #[arg(long, value_name = "TAG", value_delimiter = ',')]
-    pub tag: Vec<String>,
-    /// Host label [default: this machine's host name]
-    #[arg(long)]
-    pub host: Option<String>,
-    /// Stay on the file systems of the given paths
-    #[arg(short = 'x', long)]
-    pub one_file_system: bool,
-    /// Parallel data streams, 1 to 64; the server may allow fewer
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
-    pub streams: Option<u16>,
-    /// Send at most so much per second, over all streams (`500K`, `10M`; bytes without a unit)
-    #[arg(long, value_name = "RATE", value_parser = bytes)]
-    pub limit_upload: Option<u64>,
-    /// Unacknowledged data that may be under way (`64M`)
-    #[arg(long, value_name = "SIZE", value_parser = bytes)]
-    pub window: Option<u64>,
-    /// Read every file, whatever the file cache says
-    #[arg(long)]
-    pub force: bool,
-    /// Send and store nothing; tell what would be
-    #[arg(short = 'n', long)]
-    pub dry_run: bool,
 }
 
 /// `strand snapshots`.
@@ -155,6 +121,16 @@ fn duration(text: &str) -> Result<Duration, String> {
     Duration::try_from(parsed).map_err(|_| "a time cannot be negative".to_owned())
 }
 
+/// A moment, ns since 1970: RFC 3339, or a date with or without a time in this machine's time zone.
+pub fn moment(text: &str) -> Result<i64, String> {
+    let here = |text: &str| -> Result<jiff::Timestamp, jiff::Error> {
+        Ok(text.parse::<jiff::civil::DateTime>()?.to_zoned(jiff::tz::TimeZone::system())?.timestamp())
+    };
+    let parsed = text.parse::<jiff::Timestamp>().or_else(|_| here(text));
+    let time = parsed.map_err(|_| format!("`{text}` is no time such as `2026-01-31 12:00:00`"))?;
+    i64::try_from(time.as_nanosecond()).map_err(|_| format!("`{text}` is too far away"))
+}
+
 /// Bytes with an optional binary unit: `4096`, `500K`, `10M`, `2G`.
 pub fn bytes(text: &str) -> Result<u64, String> {
     let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
@@ -182,6 +158,14 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn moments_are_local_unless_they_say_where() {
+        assert_eq!(moment("1970-01-01T00:00:01Z"), Ok(1_000_000_000));
+        assert_eq!(moment("1970-01-02T01:00:00+01:00"), Ok(86_400_000_000_000));
+        assert!(moment("2026-01-31 12:00:00").is_ok() && moment("2026-01-31").is_ok());
+        assert!(moment("yesterday").is_err());
     }
 
     #[test]

@@ -4,11 +4,14 @@ mod args;
 mod backup;
 mod enroll;
 mod fate;
+mod lists;
 mod ls;
 mod output;
+mod pipe;
 mod progress;
 mod repository;
 mod restore;
+mod selection;
 mod selector;
 mod session;
 mod settings;
@@ -72,7 +75,7 @@ async fn run(arguments: Arguments) -> anyhow::Result<Fate> {
     let place = Place::find(&global)?;
     match command {
         Command::Init => repository::init(&global, &place).await,
-        Command::Backup(backup) => backup::run(&global, &place, backup).await,
+        Command::Backup(backup) => backup::run(&global, &place, *backup).await,
         Command::Snapshots(snapshots) => snapshots::run(&global, &place, &snapshots).await,
         Command::Ls(ls) => ls::run(&global, &place, &ls).await,
         Command::Restore(restore) => restore::run(&global, &place, restore).await,
