@@ -15,14 +15,17 @@ mod forget;
 mod key;
 mod key_add;
 mod listing;
+mod lists;
 mod ls;
 mod output;
+mod pipe;
 mod progress;
 mod protect;
 mod prune;
 mod repository;
 mod restore;
 mod secrets;
+mod selection;
 mod selector;
 mod session;
 mod settings;
@@ -90,7 +93,7 @@ async fn run(arguments: Arguments) -> anyhow::Result<Fate> {
     let place = Place::find(&global)?;
     match command {
         Command::Init => repository::init(&global, &place).await,
-        Command::Backup(backup) => backup::run(&global, &place, backup).await,
+        Command::Backup(backup) => backup::run(&global, &place, *backup).await,
         Command::Snapshots(snapshots) => snapshots::run(&global, &place, &snapshots).await,
         Command::Forget(forget) => forget::run(&global, &place, &forget).await,
         Command::Undelete(undelete) => undelete::run(&global, &place, &undelete).await,

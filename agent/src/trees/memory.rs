@@ -13,7 +13,7 @@ use strandline_messages::format::tree::{
 };
 use strandline_messages::{ChunkId, ChunkKind, RepositoryId};
 
-use super::{ChunkSource, FetchError, Fetched};
+use super::{ChunkSource, FetchError, Fetched, Received};
 use crate::keys::Keyset;
 use crate::seal::{Opener, Sealer};
 
@@ -34,6 +34,7 @@ pub(crate) struct MemorySource {
     places: Mutex<HashMap<ChunkId, usize>>,
     /// How many fetches there were.
     pub(crate) fetches: AtomicUsize,
+    received: Mutex<Received>,
     /// After how many fetches the connection is lost.
     pub(crate) lost_after: AtomicUsize,
 }
@@ -111,6 +112,7 @@ impl MemoryRepository {
             blocks: Mutex::new(self.blocks),
             places: Mutex::new(self.places),
             fetches: AtomicUsize::new(0),
+            received: Mutex::default(),
             lost_after: AtomicUsize::new(usize::MAX),
         })
     }
@@ -127,6 +129,11 @@ impl ChunkSource for MemorySource {
         let (sender, receiver) = bounded(2);
         let blocks = self.blocks.lock();
         let blocks: Vec<_> = numbers.iter().map(|number| (*number, blocks[*number].clone())).collect();
+        {
+            let mut received = self.received.lock();
+            received.blocks += blocks.len() as u64;
+            received.bytes += blocks.iter().map(|(_, block)| block.len() as u64).sum::<u64>();
+        }
         let opener = self.opener.clone();
         std::thread::spawn(move || {
             if !missing.is_empty() {
@@ -144,6 +151,10 @@ impl ChunkSource for MemorySource {
             }
         });
         Ok(receiver)
+    }
+
+    fn received(&self) -> Received {
+        *self.received.lock()
     }
 }
 

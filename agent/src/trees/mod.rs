@@ -22,7 +22,7 @@ use crate::seal::OpenError;
 
 pub use listing::{DirEntry, Entries, Pieces, SourceErrors};
 pub use reader::{Node, Resolved, TreeReader};
-pub use source::{ChunkSource, FetchError, Fetched};
+pub use source::{ChunkSource, FetchError, Fetched, Received};
 pub use walk::{DEPTH_MAX, Step, Walk, WalkError};
 
 /// Why a part of a snapshot's tree cannot be read.
