@@ -72,6 +72,8 @@ pub enum Command {
     Ls(Ls),
     /// Restore a snapshot, or a part of it
     Restore(Restore),
+    /// Show snapshots as a read-only file system, until it is unmounted
+    Mount(super::mount::Mount),
     /// Show the repository and its server
     Status,
     /// Make this machine an agent of a server, with a token from `strand-server token create`

@@ -5,6 +5,7 @@ mod backup;
 mod enroll;
 mod fate;
 mod ls;
+mod mount;
 mod output;
 mod progress;
 mod repository;
@@ -75,6 +76,7 @@ async fn run(arguments: Arguments) -> anyhow::Result<Fate> {
         Command::Backup(backup) => backup::run(&global, &place, backup).await,
         Command::Snapshots(snapshots) => snapshots::run(&global, &place, &snapshots).await,
         Command::Ls(ls) => ls::run(&global, &place, &ls).await,
+        Command::Mount(mount) => mount::run(&global, &place, &mount).await,
         Command::Restore(restore) => restore::run(&global, &place, restore).await,
         Command::Status => status::run(&global, &place).await,
         Command::Enroll { token, label } => enroll::run(&global, &place, &token, label).await,
