@@ -224,7 +224,8 @@ fn read_as(number: u64, source: &Path, there: &Path) -> Result<()> {
                 let offset = random.below(24 << 20);
                 let length = 1 + random.index(200 << 10);
                 let (mut expected, mut found) = (vec![0; length], vec![0; length]);
-                let (wanted, got) = (read_fully(&here, &mut expected, offset)?, read_fully(&there, &mut found, offset)?);
+                let (wanted, got) =
+                    (read_fully(&here, &mut expected, offset)?, read_fully(&there, &mut found, offset)?);
                 ensure!(wanted == got && expected == found, "{length} bytes at {offset} differ");
             }
             Ok(())
@@ -362,6 +363,14 @@ fn packs(directory: &Path) -> Result<Vec<PathBuf>> {
     Ok(found)
 }
 
+/// Not from what the kernel has kept.
+fn read_uncached(path: &Path) -> std::io::Result<Vec<u8>> {
+    let mut file = File::open(path)?;
+    rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed)?;
+    let mut content = Vec::new();
+    file.read_to_end(&mut content).map(|_| content)
+}
+
 #[test]
 fn s24_a_server_killed_while_it_is_read_from_comes_back_and_no_reader_hangs() -> Result<()> {
     let mut rig = Rig::direct()?;
@@ -375,7 +384,7 @@ fn s24_a_server_killed_while_it_is_read_from_comes_back_and_no_reader_hangs() ->
     let there = mount.latest(&source)?;
     let (stop, files) = (AtomicBool::new(false), names(&source)?);
     let read_one = |name: &str| -> Result<bool> {
-        match fs::read(there.join(name)) {
+        match read_uncached(&there.join(name)) {
             Ok(found) => {
                 ensure!(found == fs::read(source.join(name))?, "{name}: wrong bytes");
                 Ok(true)

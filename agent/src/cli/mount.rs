@@ -201,7 +201,8 @@ pub async fn run(global: &Global, place: &Place, wanted: &Mount) -> anyhow::Resu
     let mut ends = Ends::new()?;
     let opened = Opened::existing(global, place).await?;
     let streams = wanted.streams.or(place.settings.streams).unwrap_or(STREAMS);
-    let first = async { Ok::<_, anyhow::Error>((selector::all(&opened).await?, Reading::open(&opened, streams).await?)) };
+    let first =
+        async { Ok::<_, anyhow::Error>((selector::all(&opened).await?, Reading::open(&opened, streams).await?)) };
     let (snapshots, reading) = match first.await {
         Ok(first) => first,
         Err(error) => {
@@ -231,7 +232,7 @@ async fn mount(global: &Global, line: &mut Line<'_>, first: Vec<Shown>, ends: &m
         cache_bytes: line.wanted.cache_size,
     };
     let shown = first.len();
-    let mut mounted = Mounted::start(remote, first, &settings)?;
+    let mounted = Mounted::start(remote, first, &settings)?;
     let unmounter = mounted.unmounter();
     let mountpoint = mounted.mountpoint().to_owned();
     let (end, ended) = oneshot::channel();
@@ -290,7 +291,7 @@ impl Ends {
     async fn wait(
         &mut self,
         mut ended: oneshot::Receiver<std::io::Result<()>>,
-        mut unmounter: Unmounter,
+        unmounter: Unmounter,
     ) -> anyhow::Result<()> {
         let mut asked = false;
         loop {

@@ -86,6 +86,7 @@ impl State {
         self.clock
     }
 
+    /// A kept chunk, used now.
     fn touch(&mut self, id: &ChunkId) -> Option<Bytes> {
         let now = self.tick();
         let Some(Slot::Kept { bytes, used }) = self.slots.get_mut(id) else { return None };

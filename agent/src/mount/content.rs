@@ -132,7 +132,13 @@ impl Contents {
         match content {
             Content::Inline(_) => Ok(()),
             Content::Broken(reason) => Err(reason.to_string()),
-            Content::Pieces(pieces) => if hand_over(pieces, from) >= to { Ok(()) } else { Err(too_short()) },
+            Content::Pieces(pieces) => {
+                if hand_over(pieces, from) >= to {
+                    Ok(())
+                } else {
+                    Err(too_short())
+                }
+            }
             Content::List(top) => {
                 let mut at = from;
                 while at < to {

@@ -122,11 +122,8 @@ fn name_valid_for(parent: &Node) -> Duration {
 
 impl Filesystem for StrandFilesystem {
     fn init(&mut self, _: &Request, config: &mut KernelConfig) -> io::Result<()> {
-        let mut wanted = vec![
-            InitFlags::FUSE_PARALLEL_DIROPS,
-            InitFlags::FUSE_DO_READDIRPLUS,
-            InitFlags::FUSE_READDIRPLUS_AUTO,
-        ];
+        let mut wanted =
+            vec![InitFlags::FUSE_PARALLEL_DIROPS, InitFlags::FUSE_DO_READDIRPLUS, InitFlags::FUSE_READDIRPLUS_AUTO];
         if self.permissions {
             wanted.push(InitFlags::FUSE_POSIX_ACL);
         }

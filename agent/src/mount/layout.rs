@@ -177,7 +177,8 @@ mod tests {
 
     #[test]
     fn snapshots_stand_under_their_ids_times_hosts_and_tags() {
-        let all = [shown(1, 1, 0, "web", &["daily"]), shown(2, 2, 0, "web", &[]), shown(3, 3, 60, "a/b", &["daily", "x"])];
+        let all =
+            [shown(1, 1, 0, "web", &["daily"]), shown(2, 2, 0, "web", &[]), shown(3, 3, 60, "a/b", &["daily", "x"])];
         let layout = Layout::new(&all, &TimeZone::UTC);
         assert_eq!(listed(&layout, &Place::Top), ["hosts", "ids", "snapshots", "tags"]);
         assert_eq!(listed(&layout, &Place::Ids), ["01010101", "02020202", "03030303"]);

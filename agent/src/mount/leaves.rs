@@ -31,8 +31,7 @@ impl<T> Leaves<T> {
     /// The part of the list under `top` that holds `place`.
     pub(super) fn get(&self, top: ChunkId, place: u64) -> Option<Arc<Part<T>>> {
         let mut kept = self.kept.lock();
-        let found =
-            kept.iter().position(|(of, part)| *of == top && part.start <= place && place < part.end)?;
+        let found = kept.iter().position(|(of, part)| *of == top && part.start <= place && place < part.end)?;
         let (of, part) = kept.remove(found);
         kept.push((of, Arc::clone(&part)));
         Some(part)

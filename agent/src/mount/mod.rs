@@ -18,6 +18,7 @@
 //! Memory: the chunk cache (`cache_bytes`), 8 tree caches of 16 MiB, 32 decoded leaves of each kind of list, one record for
 //! each inode that the kernel holds, and one request's bytes for each thread.
 
+mod attach;
 mod chunks;
 mod complaints;
 mod content;
@@ -41,8 +42,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use fuser::{Config, MountOption, Session, SessionACL, SessionUnmounter};
-use rustix::mount::UnmountFlags;
+use fuser::{Config, Session, SessionACL};
 use strandline_messages::SnapshotId;
 
 use crate::trees::{ChunkSource, FetchError};
@@ -120,7 +120,6 @@ pub struct Mounted {
 
 /// Ends a mount from another thread.
 pub struct Unmounter {
-    session: SessionUnmounter,
     patience: Arc<Patience>,
     mountpoint: PathBuf,
 }
@@ -140,8 +139,16 @@ impl Mounted {
         let contents = Contents::new(Arc::clone(&readers), Chunks::new(Arc::clone(&patience), cache_bytes));
         let service = Service::new(Snapshots::new(repository, first), readers, contents, cache_bytes);
         let filesystem = StrandFilesystem::new(service, Arc::clone(&patience), settings.permissions);
-        let session = Session::new(filesystem, &mountpoint, &config(settings))
-            .map_err(|source| MountError::Refused { path: mountpoint.clone(), source })?;
+        let refused = |source| MountError::Refused { path: mountpoint.clone(), source };
+        let connection = attach::attach(&mountpoint, settings).map_err(refused)?;
+        let acl = if settings.allow_other { SessionACL::All } else { SessionACL::Owner };
+        let mut config = Config::default();
+        config.n_threads = Some(WORKERS);
+        let session = Session::from_fd(filesystem, connection, acl, config).map_err(|source| {
+            // Nobody answers there; the first error is the one to report.
+            let _ = attach::detach(&mountpoint, true);
+            refused(source)
+        })?;
         Ok(Self { session, patience, mountpoint })
     }
 
@@ -151,54 +158,36 @@ impl Mounted {
     }
 
     /// Ends it from elsewhere.
-    pub fn unmounter(&mut self) -> Unmounter {
-        Unmounter {
-            session: self.session.unmount_callable(),
-            patience: Arc::clone(&self.patience),
-            mountpoint: self.mountpoint.clone(),
-        }
+    pub fn unmounter(&self) -> Unmounter {
+        Unmounter { patience: Arc::clone(&self.patience), mountpoint: self.mountpoint.clone() }
     }
 
     /// Answers the kernel until the file system is unmounted. Blocks.
     pub fn serve(self) -> io::Result<()> {
-        self.session.run()
+        let served = self.session.run();
+        if served.is_err() {
+            // Nobody answers there any more; the first error is the one to report.
+            let _ = attach::detach(&self.mountpoint, true);
+        }
+        served
     }
 }
 
 impl Unmounter {
     /// Unmounts; an error if it is in use.
-    pub fn unmount(&mut self) -> io::Result<()> {
-        self.session.unmount()
+    pub fn unmount(&self) -> io::Result<()> {
+        attach::detach(&self.mountpoint, false)
     }
 
     /// Unmounts although it is in use: whoever uses it gets errors.
     pub fn force(&self) {
         self.patience.close();
-        // The first breaks what is under way and then says that it is busy; the second takes it away. If both fail it is
-        // gone already, or this user may not.
-        let _ = rustix::mount::unmount(&self.mountpoint, UnmountFlags::FORCE);
-        let _ = rustix::mount::unmount(&self.mountpoint, UnmountFlags::DETACH);
+        // If this fails it is gone already.
+        let _ = attach::detach(&self.mountpoint, true);
     }
 }
 
 fn usable(mountpoint: &Path) -> io::Result<PathBuf> {
     let path = mountpoint.canonicalize()?;
     if path.is_dir() { Ok(path) } else { Err(io::ErrorKind::NotADirectory.into()) }
-}
-
-fn config(settings: &MountSettings) -> Config {
-    let mut config = Config::default();
-    // Devices and set-id bits have no effect here, whatever the snapshots hold: that is how fuser mounts.
-    config.mount_options = vec![
-        MountOption::RO,
-        MountOption::NoAtime,
-        MountOption::FSName("strand".to_owned()),
-        MountOption::Subtype("strand".to_owned()),
-    ];
-    if settings.permissions {
-        config.mount_options.push(MountOption::DefaultPermissions);
-    }
-    config.acl = if settings.allow_other { SessionACL::All } else { SessionACL::Owner };
-    config.n_threads = Some(WORKERS);
-    config
 }

@@ -289,12 +289,7 @@ impl Service {
         }
     }
 
-    fn part(
-        &self,
-        view: &View,
-        top: ChunkId,
-        at: u64,
-    ) -> Result<Option<Arc<Part<DirEntry>>>, Box<UnreadablePart>> {
+    fn part(&self, view: &View, top: ChunkId, at: u64) -> Result<Option<Arc<Part<DirEntry>>>, Box<UnreadablePart>> {
         if let Some(part) = self.directories.get(top, at) {
             return Ok(Some(part));
         }

@@ -93,8 +93,6 @@ fn weight(body: &NodeBody) -> Option<u64> {
         NodeBody::Directory { entries, .. } => Some(entries.len() as u64),
         NodeBody::Errors(errors) => Some(errors.len() as u64),
         NodeBody::Content(pieces) => Some(pieces.iter().map(|piece| u64::from(piece.bytes)).sum()),
-        NodeBody::Index { children, .. } => {
-            children.iter().try_fold(0u64, |sum, child| sum.checked_add(child.weight))
-        }
+        NodeBody::Index { children, .. } => children.iter().try_fold(0u64, |sum, child| sum.checked_add(child.weight)),
     }
 }
