@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -15,9 +15,9 @@ use rustix::process::Signal;
 use strandline_actors::runtime::clock;
 use strandline_tests::compare::ensure_same;
 use strandline_tests::corpus::Corpus;
-use strandline_tests::process::Process;
+use strandline_tests::process::{self, Process};
 use strandline_tests::random::Random;
-use strandline_tests::rig::{Agent, Rig, not_run, random_files};
+use strandline_tests::rig::{Agent, Rig, not_run, random_files, unprivileged};
 
 /// How long a mount may take to be ready, and to end.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -38,7 +38,12 @@ impl Mount {
         }
         fs::create_dir_all(point)?;
         let mut command = agent.command(&["mount", point.to_str().context("not text")?])?;
-        let process = Process::spawn(command.args(arguments))?;
+        command.args(arguments);
+        Self::started(Process::spawn(&mut command)?, point)
+    }
+
+    /// Waits until it is ready.
+    fn started(process: Process, point: &Path) -> Result<Option<Self>> {
         let ready = process.wait_for_line("mounted", PATIENCE);
         let mount = Self { process, point: point.to_owned() };
         match ready {
@@ -266,6 +271,36 @@ fn a_snapshot_made_while_mounted_appears_and_a_signal_ends_the_command() -> Resu
     mount.process.signal(Signal::INT)?;
     mount.ended()?;
     rig.ensure_no_panic()
+}
+
+#[test]
+fn a_user_without_privileges_mounts_through_the_helper_and_sees_everything_saved() -> Result<()> {
+    let helped = File::open("/dev/fuse").is_ok() && Command::new("fusermount3").arg("--version").output().is_ok();
+    if !helped {
+        not_run("/dev/fuse or the program fusermount3 (Debian package fuse3) is missing");
+        return Ok(());
+    }
+    let scratch = tempfile::tempdir()?;
+    fs::set_permissions(scratch.path(), PermissionsExt::from_mode(0o777))?;
+    let source = scratch.path().join("source");
+    random_files(&source, 11, 2, 50_000)?;
+    let agent = Agent::local(&scratch.path().join("home"), &scratch.path().join("repository"))?;
+    fs::set_permissions(agent.home(), PermissionsExt::from_mode(0o777))?;
+    let Some(mut backup) = unprivileged(agent.backup_command(&source, &[])?)? else { return Ok(()) };
+    process::run(&mut backup, PATIENCE)?.expect_code(0)?;
+    let point = scratch.path().join("mnt");
+    let Some(mut make) = unprivileged(Command::new("mkdir"))? else { return Ok(()) };
+    process::run(make.arg(&point), PATIENCE)?.expect_code(0)?;
+    let Some(mut mount) = unprivileged(agent.command(&["mount"])?)? else { return Ok(()) };
+    let Some(mount) = Mount::started(Process::spawn(mount.arg(&point))?, &point)? else { return Ok(()) };
+    let there = mount.latest(&source)?.join("file-0001");
+    let Some(mut cat) = unprivileged(Command::new("cmp"))? else { return Ok(()) };
+    process::run(cat.arg(source.join("file-0001")).arg(&there), PATIENCE)?.expect_code(0)?;
+    if rustix::process::geteuid().is_root() {
+        ensure!(fs::read(&there).is_err(), "nobody else may look, not even root");
+    }
+    mount.process.signal(Signal::INT)?;
+    mount.ended().map(drop)
 }
 
 #[test]

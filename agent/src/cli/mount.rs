@@ -1,6 +1,8 @@
 //! `strand mount`.
 
-use std::path::PathBuf;
+use std::io::Write;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -240,7 +242,7 @@ async fn mount(global: &Global, line: &mut Line<'_>, first: Vec<Shown>, ends: &m
         // Whoever waits is in this process.
         let _ = end.send(mounted.serve());
     });
-    ready(global, &mountpoint, shown)?;
+    tell_ready(global, &mountpoint, shown);
     let served = tokio::select! {
         served = ends.wait(ended, unmounter) => served,
         () = line.serve(received, &lost) => Ok(()),
@@ -257,16 +259,18 @@ struct Ready<'a> {
     snapshots: usize,
 }
 
-/// The line that scripts wait for.
-fn ready(global: &Global, mountpoint: &std::path::Path, snapshots: usize) -> anyhow::Result<()> {
-    let shown = output::path(std::os::unix::ffi::OsStrExt::as_bytes(mountpoint.as_os_str()));
-    if global.json {
-        return output::json_line(&Ready { message_type: "mounted", mountpoint: &shown, snapshots });
+/// The line that scripts wait for. Nobody needs to read it: a mount is of use without.
+fn tell_ready(global: &Global, mountpoint: &Path, snapshots: usize) {
+    let shown = output::path(mountpoint.as_os_str().as_bytes());
+    let line = if global.json {
+        let ready = Ready { message_type: "mounted", mountpoint: &shown, snapshots };
+        serde_json::to_string(&ready).unwrap_or_default()
+    } else {
+        format!("mounted {snapshots} snapshots on {shown}; end with Ctrl-C or `umount`")
+    };
+    if global.json || !global.quiet {
+        let _ = writeln!(std::io::stdout(), "{line}");
     }
-    if global.quiet {
-        return Ok(());
-    }
-    output::print(format!("mounted {snapshots} snapshots on {shown}; end with Ctrl-C or `umount`\n").as_bytes())
 }
 
 /// The signals that end a mount.
