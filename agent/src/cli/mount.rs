@@ -29,7 +29,7 @@ const REQUESTS_MAX: usize = 16;
 /// How long whoever looks into a directory waits for a new list of snapshots.
 const LIST_WAIT: Duration = Duration::from_secs(10);
 /// How long the connection's thread waits for it.
-const LIST_MAX: Duration = Duration::from_secs(60);
+const LIST_MAX: Duration = Duration::from_mins(1);
 /// Between two attempts to open a lost session again.
 const REOPEN_WAIT: Duration = Duration::from_secs(10);
 /// How long closing in good order may take.

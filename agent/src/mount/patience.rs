@@ -3,7 +3,7 @@
 //! Invariants:
 //! - at most [`FETCHES_MAX`] fetches are under way, those that were given up included: the server refuses more than
 //!   `limits::FETCHES_OUTSTANDING_MAX`;
-//! - a fetch is given up when nothing has come for `patience`. The session goes on trying to reach the server; what still
+//! - a fetch is given up when nothing has come for a minute. The session goes on trying to reach the server; what still
 //!   comes for a fetch that was given up is dropped at once by whoever waits next, so that it gives its credit back;
 //! - while one that was given up is not settled the server is known to be silent, and others wait `IMPATIENCE` only.
 
@@ -33,7 +33,8 @@ const LOOK_UP: Duration = Duration::from_millis(250);
 /// See the module. One for a whole mount.
 pub(super) struct Patience {
     repository: Arc<dyn Repository>,
-    patience: Duration,
+    /// How long nothing may come.
+    bound: Duration,
     state: Mutex<State>,
     changed: Condvar,
     closed: AtomicBool,
@@ -62,8 +63,8 @@ impl State {
 }
 
 impl Patience {
-    pub(super) fn new(repository: Arc<dyn Repository>, patience: Duration) -> Self {
-        Self { repository, patience, state: Mutex::default(), changed: Condvar::new(), closed: AtomicBool::new(false) }
+    pub(super) fn new(repository: Arc<dyn Repository>, bound: Duration) -> Self {
+        Self { repository, bound, state: Mutex::default(), changed: Condvar::new(), closed: AtomicBool::new(false) }
     }
 
     /// Nobody waits any more, from now on.
@@ -147,7 +148,7 @@ impl Patience {
                 state.running += 1;
                 return true;
             }
-            let bound = if state.given_up.is_empty() { self.patience } else { IMPATIENCE.min(self.patience) };
+            let bound = if state.given_up.is_empty() { self.bound } else { IMPATIENCE.min(self.bound) };
             if since(began) >= bound || self.is_closed() {
                 return false;
             }
@@ -156,7 +157,7 @@ impl Patience {
     }
 
     fn bound(&self) -> Duration {
-        if self.state.lock().given_up.is_empty() { self.patience } else { IMPATIENCE.min(self.patience) }
+        if self.state.lock().given_up.is_empty() { self.bound } else { IMPATIENCE.min(self.bound) }
     }
 
     fn tell_if_lost(&self, error: &FetchError) {

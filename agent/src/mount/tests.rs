@@ -255,7 +255,7 @@ fn a_damaged_chunk_fails_only_reads_that_need_it() {
 fn readers_of_one_chunk_share_one_fetch_and_a_small_cache_still_serves_everybody() {
     let mut repo = MemoryRepository::new();
     let mut dir = DirMaker::default();
-    let bytes: Vec<u8> = (0..200_000u32).map(|n| (n / 1000) as u8).collect();
+    let bytes: Vec<u8> = (0..200_000u32).map(|n| u8::try_from(n / 1000).unwrap()).collect();
     dir.file(&mut repo, b"file", &bytes, 1000);
     let root = dir.finish(&mut repo);
     let source = repo.finish();
@@ -302,18 +302,20 @@ fn hard_links_share_an_inode_and_names_of_other_views_do_not() {
     assert_eq!(service.inodes.len(), held - 1);
 }
 
+type Answers = Sender<Result<Arc<OpenedBlock>, FetchError>>;
+
 /// Never answers until it is told to.
 struct Silent {
     inner: Arc<MemorySource>,
-    silent: AtomicBool,
-    waiting: Mutex<Vec<Sender<Result<Arc<OpenedBlock>, FetchError>>>>,
+    is_mute: AtomicBool,
+    waiting: Mutex<Vec<Answers>>,
     fetches: AtomicUsize,
 }
 
 impl ChunkSource for Silent {
     fn fetch(&self, wanted: Vec<ChunkId>) -> Result<Fetched, FetchError> {
         self.fetches.fetch_add(1, Ordering::SeqCst);
-        if !self.silent.load(Ordering::SeqCst) {
+        if !self.is_mute.load(Ordering::SeqCst) {
             return self.inner.fetch(wanted);
         }
         let (sender, receiver) = bounded(wanted.len() + 1);
@@ -328,7 +330,7 @@ fn a_silent_server_makes_errors_not_waiting_and_is_used_again_when_it_speaks() {
     let id = repo.chunk(ChunkKind::Data, b"content", &[]);
     let source = Arc::new(Silent {
         inner: repo.finish(),
-        silent: AtomicBool::new(true),
+        is_mute: AtomicBool::new(true),
         waiting: Mutex::default(),
         fetches: AtomicUsize::new(0),
     });
@@ -349,7 +351,7 @@ fn a_silent_server_makes_errors_not_waiting_and_is_used_again_when_it_speaks() {
     assert_eq!(failures, 20);
     assert!(source.fetches.load(Ordering::SeqCst) <= 6, "no more are under way than the server takes");
     assert!(repository.lost.load(Ordering::SeqCst) > 0);
-    source.silent.store(false, Ordering::SeqCst);
+    source.is_mute.store(false, Ordering::SeqCst);
     // What was given up is settled at last.
     source.waiting.lock().clear();
     assert_eq!(chunks.get(SNAPSHOT, &[id])[0].as_deref(), Ok(&b"content"[..]));
