@@ -14,6 +14,7 @@ pub mod export;
 pub mod identity;
 pub mod job;
 pub mod keys;
+pub mod mount;
 pub mod net;
 pub mod repack;
 pub mod restore;

@@ -108,6 +108,8 @@ pub enum Command {
     Prune(super::prune::Prune),
     /// Verify what is stored
     Check(super::check::Check),
+    /// Show snapshots as a read-only file system, until it is unmounted
+    Mount(super::mount::Mount),
     /// Show the repository and its server
     Status,
     /// Manage what opens the repository: passphrases, key files, recovery keys, keys for other machines

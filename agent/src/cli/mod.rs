@@ -17,6 +17,7 @@ mod key_add;
 mod listing;
 mod lists;
 mod ls;
+mod mount;
 mod output;
 mod pipe;
 mod progress;
@@ -105,6 +106,7 @@ async fn run(arguments: Arguments) -> anyhow::Result<Fate> {
         Command::Diff(diff) => diff::run(&global, &place, diff).await,
         Command::Dump(dump) => dump::run(&global, &place, dump).await,
         Command::Stats(stats) => stats::run(&global, &place, stats).await,
+        Command::Mount(mount) => mount::run(&global, &place, &mount).await,
         Command::Restore(restore) => restore::run(&global, &place, restore).await,
         Command::Prune(prune) => prune::run(&global, &place, &prune).await,
         Command::Check(check) => check::run(&global, &place, &check).await,

@@ -16,7 +16,8 @@ use crate::trees::ChunkSource;
 /// Streams of a session that reads, if nothing else is said.
 pub const STREAMS: u16 = 4;
 
-/// See the module.
+/// See the module. Clones read over the same session.
+#[derive(Clone)]
 pub struct Reading {
     fetcher: Addr<Fetcher>,
     blocks: Arc<BlockSource>,

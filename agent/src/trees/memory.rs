@@ -52,6 +52,11 @@ impl MemoryRepository {
         }
     }
 
+    /// Every chunk in a block of its own, so that each can be had or missed alone.
+    pub(crate) fn one_chunk_per_block() -> Self {
+        Self { chunks_per_block: 1, ..Self::new() }
+    }
+
     /// Stores a chunk under its own id.
     pub(crate) fn chunk(&mut self, kind: ChunkKind, bytes: &[u8], references: &[Reference]) -> ChunkId {
         let id = self.keyset.chunk_id(kind, bytes, references);
