@@ -82,7 +82,7 @@ async fn checked(global: &Global, opened: &Opened, check: &Check) -> anyhow::Res
     };
     let scrubbed = scrub(opened, subset).await?;
     tell_scrubbed(global, &scrubbed)?;
-    let mut problems = scrubbed.damaged_blocks + scrubbed.affected.len() as u64;
+    let mut problems = scrubbed.damaged_blocks + scrubbed.damaged_packs + scrubbed.affected.len() as u64;
     problems += trees(global, opened, &snapshots, check.read_data, &scrubbed).await?;
     Ok(problems)
 }
@@ -154,6 +154,7 @@ struct Scrubbed<'a> {
     blocks: u64,
     bytes: u64,
     damaged_blocks: u64,
+    damaged_packs: u64,
     damaged: &'a [String],
     withdrawn_before: u64,
     affected_snapshots: Vec<String>,
@@ -169,6 +170,7 @@ fn tell_scrubbed(global: &Global, report: &ScrubReport) -> anyhow::Result<()> {
             blocks: report.blocks,
             bytes: report.bytes,
             damaged_blocks: report.damaged_blocks,
+            damaged_packs: report.damaged_packs,
             damaged: &report.damaged,
             withdrawn_before: report.withdrawn_before,
             affected_snapshots: affected,

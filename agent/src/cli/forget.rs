@@ -23,6 +23,7 @@ use super::args::Global;
 use super::changes::{self, Kept};
 use super::filter::{Filter, tags};
 use super::output;
+use super::prune::{self, Prune};
 use super::repository::Opened;
 use super::selector::{self, Snapshot};
 use super::settings::Place;
@@ -43,6 +44,9 @@ pub struct Forget {
     /// Delete nothing; tell what would be, and why the others would stay
     #[arg(short = 'n', long)]
     dry_run: bool,
+    /// Then run `strand prune`: it frees what was deleted so long ago that it cannot be brought back any more
+    #[arg(long)]
+    prune: bool,
     /// Why, for those who look at deleted snapshots
     #[arg(long, value_name = "TEXT", default_value = "strand forget")]
     reason: String,
@@ -181,6 +185,9 @@ async fn remove(global: &Global, opened: &Opened, forget: &Forget, policy: &Poli
         view.print_json(&plan, forget.dry_run)?;
     } else {
         view.print(&plan, forget.dry_run, undelete)?;
+    }
+    if forget.prune {
+        prune::pruned(global, opened, &Prune::after_forget(forget.dry_run)).await?;
     }
     // Whoever names a snapshot wants to know that it is still there; a policy's wishes may be denied.
     Ok(if by_name && view.totals(&plan).0 > 0 { Fate::Partial } else { Fate::Done })

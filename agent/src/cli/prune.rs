@@ -32,6 +32,13 @@ pub struct Prune {
     pub purge_deleted: bool,
 }
 
+impl Prune {
+    /// Collects, and nothing else.
+    pub fn after_forget(dry_run: bool) -> Self {
+        Self { dry_run, repack: false, max_unused: Unused::Percent(100), purge_deleted: false }
+    }
+}
+
 /// `--max-unused`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Unused {
