@@ -295,7 +295,7 @@ fn found(local: &Local, arguments: &[&str]) -> Result<BTreeMap<String, Vec<Strin
     let mut found: BTreeMap<String, Vec<String>> = BTreeMap::new();
     let prefix = format!("{}/", text(&local.source)?);
     for row in json_lines(&said.stdout)? {
-        let value = |name: &str| row[name].as_str().with_context(|| format!("no {name} in {row}"));
+        let value = |name: &str| row.get(name).and_then(Value::as_str).with_context(|| format!("no {name} in {row}"));
         let path = value("path")?.strip_prefix(&prefix).context("elsewhere")?.to_owned();
         found.entry(value("snapshot")?.to_owned()).or_default().push(path);
     }
