@@ -89,6 +89,14 @@ fn a_dumped_directory_is_a_tar_archive_from_which_gnu_tar_makes_the_same_tree() 
     let local = Local::new()?;
     Corpus { files: 120, big_bytes: 600_000, beyond_path_max: false, ..Corpus::default() }.create(&local.source)?;
     fs::remove_file(local.source.join("special/socket"))?;
+    // Around the 100 bytes that a header has room for.
+    for length in 97..=103 {
+        fs::write(local.source.join("n".repeat(length)), "name")?;
+        symlink("t".repeat(length), local.source.join(format!("target-{length}")))?;
+        fs::create_dir(local.source.join("d".repeat(length)))?;
+        fs::hard_link(local.source.join("n".repeat(length)), local.source.join(format!("o-link-{length}")))?;
+    }
+    xattr::set(local.source.join("n".repeat(97)), "user.a=b%25", b"a value\n")?;
     local.backup()?;
     let archive = local.path("archive.tar");
     let (code, said) = dump(&local.agent, &[&local.latest("")?], &archive)?;
