@@ -51,6 +51,17 @@ struct Side {
     path: Vec<u8>,
 }
 
+impl Side {
+    /// `None` if the snapshot has no such path.
+    fn resolve(&self) -> anyhow::Result<Option<Resolved>> {
+        match self.reader.resolve(self.snapshot.manifest.root, &self.path) {
+            Ok(resolved) => Ok(Some(resolved)),
+            Err(TreeError::NotFound { .. } | TreeError::NotADirectory { .. }) => Ok(None),
+            Err(error) => Err(error.into()),
+        }
+    }
+}
+
 /// Runs the command.
 pub async fn run(global: &Global, place: &Place, diff: Diff) -> anyhow::Result<Fate> {
     let opened = Opened::existing(global, place).await?;
@@ -143,7 +154,7 @@ struct Sum {
 
 impl Printer {
     fn run(mut self, before: &Side, after: &Side) -> anyhow::Result<Changes> {
-        let (from, to) = (self.resolve(before)?, self.resolve(after)?);
+        let (from, to) = (before.resolve()?, after.resolve()?);
         if from.is_none() && to.is_none() {
             let path = listing::shown(&after.path);
             bail!("neither snapshot has `{path}`; `strand ls` shows what they have");
@@ -157,21 +168,15 @@ impl Printer {
             Ok(changed) => self.changed(before, after, &changed),
             Err(problem) => {
                 output::error(self.json, Fate::Partial.code(), &format!("{problem}; the rest of it was not compared"));
-                if problem.error.is_lost() { bail!("the comparison ended early") } else { Ok(()) }
+                if problem.error.is_lost() {
+                    bail!("the comparison ended early");
+                }
+                Ok(())
             }
         })?;
         changes.problems += self.unread;
         self.summary(before, after, &changes)?;
         Ok(changes)
-    }
-
-    /// `None` if the snapshot has no such path.
-    fn resolve(&self, side: &Side) -> anyhow::Result<Option<Resolved>> {
-        match side.reader.resolve(side.snapshot.manifest.root, &side.path) {
-            Ok(resolved) => Ok(Some(resolved)),
-            Err(TreeError::NotFound { .. } | TreeError::NotADirectory { .. }) => Ok(None),
-            Err(error) => Err(error.into()),
-        }
     }
 
     fn changed(&mut self, before: &Side, after: &Side, changed: &Changed<'_>) -> anyhow::Result<()> {

@@ -178,7 +178,7 @@ struct Summary {
 }
 
 #[derive(Serialize)]
-struct Stored {
+struct RepositoryRow {
     message_type: &'static str,
     snapshots: u64,
     deleted: u64,
@@ -239,7 +239,7 @@ fn print_json(
     }
     output::json_line(&summary)?;
     let Some(repository) = repository else { return Ok(()) };
-    output::json_line(&Stored {
+    output::json_line(&RepositoryRow {
         message_type: "repository",
         snapshots: repository.snapshots,
         deleted: repository.deleted,

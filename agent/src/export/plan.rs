@@ -60,15 +60,15 @@ impl<'scope, 'env> Planner<'scope, 'env> {
 
     fn plan(&mut self, export: &Export) -> Result<(), Ended> {
         match &export.start {
-            Start::Entry(entry) => self.entry(entry.entry.name.clone(), entry),
+            Start::Entry(entry) => self.entry(&entry.entry.name, entry),
             Start::Directory { top, entry } => {
                 if let Some(entry) = entry {
-                    self.entry(b".".to_vec(), entry)?;
+                    self.entry(b".", entry)?;
                 }
                 for step in self.reader.walk(*top, &[]) {
                     match step {
                         Ok((path, crate::trees::Step::Enter(entry) | crate::trees::Step::Entry(entry))) => {
-                            self.entry(path, &entry)?;
+                            self.entry(&path, &entry)?;
                         }
                         Ok((_, crate::trees::Step::Leave)) => {}
                         Err(problem) => return self.unreadable(&problem.path, &problem.error.to_string()),
@@ -79,13 +79,13 @@ impl<'scope, 'env> Planner<'scope, 'env> {
         }
     }
 
-    fn entry(&mut self, path: Vec<u8>, entry: &DirEntry) -> Result<(), Ended> {
-        let mut item = Item::new(path.clone(), entry);
+    fn entry(&mut self, path: &[u8], entry: &DirEntry) -> Result<(), Ended> {
+        let mut item = Item::new(path.to_vec(), entry);
         if let Some(links) = &mut self.links
             && entry.entry.links > 1
             && !matches!(item.kind, Kind::Directory)
         {
-            match links.earlier(&entry.entry, &path) {
+            match links.earlier(&entry.entry, path) {
                 Ok(Some(first)) => item.kind = Kind::HardLink(first),
                 Ok(None) => {}
                 Err(error) => {
@@ -97,7 +97,7 @@ impl<'scope, 'env> Planner<'scope, 'env> {
         let has_content = matches!(item.kind, Kind::File { .. });
         self.step(item.memory_bytes(), Step::Begin(Box::new(item)))?;
         if has_content {
-            self.content(&path, entry)?;
+            self.content(path, entry)?;
         }
         self.step(0, Step::End)
     }

@@ -12,7 +12,7 @@ use tar::{EntryType, Header};
 use super::item::{Item, Kind, segments};
 use super::{ExportError, Sink, Taken, for_people, put};
 
-const RECORD: u64 = 512;
+const RECORD: usize = 512;
 /// Largest number of an octal field with 11 digits.
 const OCTAL_11_MAX: u64 = 0o777_7777_7777;
 /// Largest number of an octal field with 7 digits.
@@ -36,13 +36,13 @@ impl<'a> Tar<'a> {
 
     /// Fills up to a whole record.
     fn pad(&mut self) -> Result<(), ExportError> {
-        let rest = usize::try_from(self.written % RECORD).unwrap_or(0);
+        let rest = usize::try_from(self.written % RECORD as u64).unwrap_or(0);
         self.written = 0;
-        if rest == 0 { Ok(()) } else { put(self.out, [0; RECORD as usize].get(rest..).unwrap_or_default()) }
+        if rest == 0 { Ok(()) } else { put(self.out, [0; RECORD].get(rest..).unwrap_or_default()) }
     }
 
     /// A header of `name` for `size` bytes, after its extended header if it has one.
-    fn head(&mut self, name: &[u8], mut header: Header, pax: Pax) -> Result<(), ExportError> {
+    fn head(&mut self, name: &[u8], mut header: Header, pax: &Pax) -> Result<(), ExportError> {
         set(&mut header, |ustar| &mut ustar.name, name);
         header.set_cksum();
         if !pax.0.is_empty() {
@@ -106,7 +106,7 @@ impl Sink for Tar<'_> {
                 pax.add(b"GNU.sparse.realsize", size.to_string().as_bytes());
                 let stored = segments(size, &holes).fold(map.len() as u64, |sum, (_, bytes)| sum.saturating_add(bytes));
                 set_size(&mut header, &mut pax, stored);
-                self.head(&[b"GNUSparseFile.0/", path.as_slice()].concat(), header, pax)?;
+                self.head(&[b"GNUSparseFile.0/", path.as_slice()].concat(), header, &pax)?;
                 self.data(&map)?;
             }
             kind => {
@@ -115,7 +115,7 @@ impl Sink for Tar<'_> {
                 if path.len() > 100 {
                     pax.add(b"path", &path);
                 }
-                self.head(&path, header, pax)?;
+                self.head(&path, header, &pax)?;
             }
         }
         Ok(Taken::Yes)
@@ -130,7 +130,7 @@ impl Sink for Tar<'_> {
     }
 
     fn finish(&mut self) -> Result<(), ExportError> {
-        put(self.out, &[0; 2 * RECORD as usize])
+        put(self.out, &[0; 2 * RECORD])
     }
 }
 
@@ -220,7 +220,7 @@ fn sparse_map(size: u64, holes: &[Hole]) -> Vec<u8> {
         map += &format!("{start}\n{bytes}\n");
     }
     let mut map = map.into_bytes();
-    map.resize(map.len().next_multiple_of(RECORD as usize), 0);
+    map.resize(map.len().next_multiple_of(RECORD), 0);
     map
 }
 

@@ -127,6 +127,25 @@ fn an_archive_that_cannot_be_read_to_its_end_does_not_look_complete() {
 }
 
 #[test]
+fn a_directory_that_cannot_be_read_ends_an_archive_like_a_damaged_file() {
+    let mut repo = MemoryRepository::new();
+    let mut root = DirMaker::default();
+    root.inline(b"before", b"it");
+    root.directory(b"missing", ChunkId([9; 32]));
+    let root = root.finish(&mut repo);
+    let source: Arc<dyn ChunkSource> = repo.finish();
+    let scratch = tempfile::tempdir().unwrap();
+    for archive in [Archive::Tar, Archive::Zip] {
+        let mut out = Vec::new();
+        let export = Export::find(Arc::clone(&source), root, b"", Some(archive)).unwrap();
+        let error = export.write(&mut out, &ExportOptions::new(scratch.path().to_owned())).unwrap_err().to_string();
+        assert!(error.starts_with("/missing: ") && error.contains("not complete"), "{error}");
+        assert!(!out.is_empty() && !out.ends_with(&[0; 1024]));
+        assert!(!out.windows(4).any(|bytes| bytes == [0x50, 0x4b, 5, 6]));
+    }
+}
+
+#[test]
 fn a_repository_that_goes_away_ends_the_export_with_the_reason() {
     let fixture = Fixture::new();
     fixture.source.lost_after.store(3, Ordering::SeqCst);

@@ -108,10 +108,9 @@ pub(super) fn collect(
                         }
                     }
                 }
-                Ok(Ok(_)) => {}
                 Ok(Err(error)) => problems.push(error),
                 Err(RecvTimeoutError::Timeout) if shared.stopped() => return,
-                Err(RecvTimeoutError::Timeout) => {}
+                Ok(Ok(_)) | Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => break,
             }
         },
@@ -241,9 +240,8 @@ impl<S: Sink> Writing<'_, S> {
             self.remark(&path, why);
         }
         let (sink, shared) = (&mut self.sink, self.shared);
-        zeros(expected.saturating_sub(found), &mut |bytes: &[u8]| match shared.stopped() {
-            true => Err(ExportError::Cancelled),
-            false => sink.content(bytes),
+        zeros(expected.saturating_sub(found), &mut |bytes: &[u8]| {
+            if shared.stopped() { Err(ExportError::Cancelled) } else { sink.content(bytes) }
         })?;
         self.sink.end()
     }

@@ -143,10 +143,6 @@ fn take(side: &mut Option<Peekable<Entries>>) -> Result<Option<DirEntry>, TreeEr
 
 impl<E, F: FnMut(Result<Changed<'_>, WalkError>) -> Result<(), E>> Comparing<'_, F> {
     fn start(&mut self, before: Option<&Resolved>, after: Option<&Resolved>) -> Result<(), E> {
-        let entry = |side: Option<&Resolved>| match side {
-            Some(Resolved::Entry(entry)) => Some(entry.as_ref().clone()),
-            _ => None,
-        };
         let root = |side: Option<&Resolved>| match side {
             Some(Resolved::Root(top)) => Some(*top),
             _ => None,
@@ -155,7 +151,7 @@ impl<E, F: FnMut(Result<Changed<'_>, WalkError>) -> Result<(), E>> Comparing<'_,
             (None, None) => self.pair(entry(before), entry(after), self.path.len()),
             // A root has no attributes of its own: only what lies below counts.
             (before_root, after_root) => {
-                let top = |root: Option<ChunkId>, entry: Option<DirEntry>| match (root, entry) {
+                let top = |root: Option<ChunkId>, entry: Option<&DirEntry>| match (root, entry) {
                     (Some(root), _) => Ok(Some(root)),
                     (None, Some(entry)) => entry.directory_top(),
                     (None, None) => Ok(None),
@@ -191,7 +187,7 @@ impl<E, F: FnMut(Result<Changed<'_>, WalkError>) -> Result<(), E>> Comparing<'_,
             self.path.extend_from_slice(&entry.entry.name);
         }
         let depth = self.frames.len();
-        self.pair(before, after, parent_bytes)?;
+        self.pair(before.as_ref(), after.as_ref(), parent_bytes)?;
         if self.frames.len() == depth {
             self.path.truncate(parent_bytes);
         }
@@ -199,19 +195,19 @@ impl<E, F: FnMut(Result<Changed<'_>, WalkError>) -> Result<(), E>> Comparing<'_,
     }
 
     /// Compares what has the current path.
-    fn pair(&mut self, before: Option<DirEntry>, after: Option<DirEntry>, parent_bytes: usize) -> Result<(), E> {
-        let change = match (&before, &after) {
+    fn pair(&mut self, before: Option<&DirEntry>, after: Option<&DirEntry>, parent_bytes: usize) -> Result<(), E> {
+        let change = match (before, after) {
             (None, None) => return Ok(()),
             (Some(_), None) => Some(Change::Removed),
             (None, Some(_)) => Some(Change::Added),
             (Some(before), Some(after)) => difference(before, after),
         };
         if let Some(change) = change {
-            self.changes.note(change, before.as_ref(), after.as_ref());
-            (self.found)(Ok(Changed { change, path: &self.path, before: before.as_ref(), after: after.as_ref() }))?;
+            self.changes.note(change, before, after);
+            (self.found)(Ok(Changed { change, path: &self.path, before, after }))?;
         }
-        let top = |entry: &Option<DirEntry>| entry.as_ref().map_or(Ok(None), DirEntry::directory_top);
-        match (top(&before), top(&after)) {
+        let top = |entry: Option<&DirEntry>| entry.map_or(Ok(None), DirEntry::directory_top);
+        match (top(before), top(after)) {
             (Ok(before), Ok(after)) if before == after => Ok(()),
             (Ok(before), Ok(after)) => self.enter(before, after, parent_bytes),
             (Err(error), _) | (_, Err(error)) => self.problem(error),
@@ -271,6 +267,13 @@ impl Changes {
             EntryNode::Directory { .. } => &mut self.directories,
             _ => &mut self.others,
         }
+    }
+}
+
+fn entry(side: Option<&Resolved>) -> Option<&DirEntry> {
+    match side {
+        Some(Resolved::Entry(entry)) => Some(entry),
+        _ => None,
     }
 }
 

@@ -135,11 +135,8 @@ impl Frame {
             return Ok(());
         }
         self.whole = false;
-        let mut key = [0; 32];
-        let (device, inode) = key.split_at_mut(16);
-        device[..8].copy_from_slice(&entry.device.to_le_bytes());
-        inode[..8].copy_from_slice(&entry.inode.to_le_bytes());
-        inodes.push(key, *size)
+        let inode = [entry.device.to_le_bytes(), entry.inode.to_le_bytes()];
+        inodes.push(*blake3::hash(inode.as_flattened()).as_bytes(), *size)
     }
 }
 
