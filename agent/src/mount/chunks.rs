@@ -21,6 +21,7 @@ use strandline_actors::runtime::clock;
 use strandline_messages::{ChunkId, ChunkKind, SnapshotId, limits};
 
 use super::patience::Patience;
+use super::why_not_fetched;
 use crate::seal::OpenedBlock;
 use crate::trees::FetchError;
 
@@ -179,7 +180,7 @@ impl Claim<'_> {
             let named = problems.iter().find(|problem| problem.concerns(&id));
             let (reason, lasting) = match named.or_else(|| problems.iter().find(likely)) {
                 Some(FetchError::Missing { .. }) | None => (FetchError::Missing { chunks: vec![id] }.to_string(), true),
-                Some(problem) => (problem.to_string(), !matches!(problem, FetchError::Lost { .. })),
+                Some(problem) => (why_not_fetched(problem), !matches!(problem, FetchError::Lost { .. })),
             };
             self.settle(&id, Err(reason.into()), lasting);
         }

@@ -10,6 +10,7 @@ use super::extents::Extents;
 use super::item::{Content, Piece};
 use super::leaves::{Leaves, Part};
 use super::readers::Readers;
+use super::why_not_read;
 
 /// Longest read that is answered, bytes: more than any kernel asks for at once.
 const READ_BYTES_MAX: u64 = 16 << 20;
@@ -156,7 +157,7 @@ impl Contents {
             return Ok(part);
         }
         let found = self.readers.of(snapshot).leaf_at(top, ListKind::Content, at);
-        let leaf = found.map_err(|part| part.error.to_string())?.ok_or_else(too_short)?;
+        let leaf = found.map_err(|part| why_not_read(&part.error))?.ok_or_else(too_short)?;
         let mut start = leaf.start;
         let placed = leaf.pieces().map_err(|error| error.to_string())?.into_iter().map(|(id, bytes)| {
             let piece = Piece { id, start, bytes };

@@ -45,7 +45,7 @@ use std::sync::Arc;
 use fuser::{Config, Session, SessionACL};
 use strandline_messages::SnapshotId;
 
-use crate::trees::{ChunkSource, FetchError};
+use crate::trees::{ChunkSource, FetchError, TreeError};
 
 use chunks::Chunks;
 use content::Contents;
@@ -190,4 +190,22 @@ impl Unmounter {
 fn usable(mountpoint: &Path) -> io::Result<PathBuf> {
     let path = mountpoint.canonicalize()?;
     if path.is_dir() { Ok(path) } else { Err(io::ErrorKind::NotADirectory.into()) }
+}
+
+/// Why chunks cannot be had, in words for whoever looks at files.
+fn why_not_fetched(error: &FetchError) -> String {
+    match error {
+        FetchError::Lost { reason } => {
+            format!("the repository does not answer: {reason}; it is asked again when it is needed")
+        }
+        other => other.to_string(),
+    }
+}
+
+/// Why a part of a tree cannot be read, likewise.
+fn why_not_read(error: &TreeError) -> String {
+    match error {
+        TreeError::Fetch(error) => why_not_fetched(error),
+        other => other.to_string(),
+    }
 }

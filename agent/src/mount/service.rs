@@ -21,6 +21,7 @@ use super::node::{Node, View};
 use super::read_ahead::{OpenFile, ReadAhead};
 use super::readers::Readers;
 use super::snapshots::Snapshots;
+use super::why_not_read;
 use crate::trees::{DirEntry, UnreadablePart};
 
 /// See the module.
@@ -126,7 +127,7 @@ impl Service {
                 match self.readers.of(view.snapshot()).find(top, name) {
                     Ok(Some(entry)) => Ok(self.remember_entry(parent, &view, &entry)),
                     Ok(None) => Err(Errno::ENOENT),
-                    Err(error) => Err(self.failed(parent, &error.to_string())),
+                    Err(error) => Err(self.failed(parent, &why_not_read(&error))),
                 }
             }
             Node::Latest { .. } => Err(Errno::ENOTDIR),
@@ -275,7 +276,7 @@ impl Service {
                 Ok(None) if told || !open.damaged.load(Ordering::Relaxed) => return Ok(()),
                 Ok(None) => return Err(Errno::EIO),
                 Err(part) => {
-                    let error = self.failed(number, &part.error.to_string());
+                    let error = self.failed(number, &why_not_read(&part.error));
                     match part.end {
                         Some(end) if !part.error.is_lost() => {
                             open.damaged.store(true, Ordering::Relaxed);
