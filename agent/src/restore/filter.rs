@@ -9,8 +9,10 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use globset::{GlobBuilder, GlobSet, GlobSetBuilder};
+use strandline_messages::ChunkId;
 
 use super::RestoreError;
+use crate::trees::{TreeReader, Walk};
 
 pub(super) struct Filter {
     include: Option<Include>,
@@ -48,6 +50,12 @@ impl Filter {
     pub(super) fn leads_to_something(&self, directory: &[u8]) -> bool {
         let leads = self.include.as_ref().and_then(|include| include.leads.as_ref());
         leads.is_none_or(|leads| leads.is_match(as_path(directory)))
+    }
+
+    /// The walk as these patterns want it.
+    pub(super) fn walk(&self, reader: &TreeReader, directory: ChunkId, path: &[u8]) -> Walk {
+        let walk = reader.walk(directory, path);
+        if self.include.as_ref().is_some_and(|include| include.leads.is_some()) { walk.selective() } else { walk }
     }
 
     /// Whether the path or a directory above it is included by a pattern.
