@@ -110,7 +110,8 @@ impl Deleter {
         }
     }
 
-    /// Begins a directory in a target on the device `target`. Without names if nothing in it is to be deleted, without device if it is not there.
+    /// Begins a directory in a target on the device `target`. Without names if nothing in it is to be deleted, without
+    /// device if it is not there.
     fn frame(
         &self,
         restorer: &Restorer,
@@ -197,11 +198,12 @@ impl Deleter {
             Err(Errno::NOENT) => return Ok(true),
             Err(error) => return Err((path, error.into())),
         };
-        if self.options.keep.contains(&(stat.st_dev, stat.st_ino)) || device.is_some_and(|device| device != stat.st_dev)
-        {
+        let is_directory = FileType::from_raw_mode(stat.st_mode) == FileType::Directory;
+        // Files of layered file systems may show another device than their directory.
+        let is_mounted = is_directory && device.is_some_and(|device| device != stat.st_dev);
+        if is_mounted || self.options.keep.contains(&(stat.st_dev, stat.st_ino)) {
             return Ok(false);
         }
-        let is_directory = FileType::from_raw_mode(stat.st_mode) == FileType::Directory;
         if is_directory && !self.empty(restorer, parent, stat.st_dev, name, &path, depth)? {
             return Ok(false);
         }

@@ -197,7 +197,8 @@ impl<'a> Planner<'a> {
     fn clear(&self, directory: &Arc<Directory>, meta: &Meta) -> std::io::Result<()> {
         let Some(deleter) = &self.restorer.deleter else { return Err(Errno::ISDIR.into()) };
         let handle = self.restorer.handles.open_readable(directory)?;
-        match deleter.remove(self.restorer, &handle, None, &meta.name, meta.path.clone(), 0) {
+        let device = rustix::fs::fstat(&handle)?.st_dev;
+        match deleter.remove(self.restorer, &handle, Some(device), &meta.name, meta.path.clone(), 0) {
             Ok(true) => Ok(()),
             Ok(false) => Err(Errno::NOTEMPTY.into()),
             Err((path, error)) => {
