@@ -83,7 +83,8 @@ fn a_restore_killed_in_its_middle_goes_on_where_it_was_and_leaves_nothing_behind
     let writer = rig.owner("writer")?;
     let source = rig.scratch().join("source");
     random_files(&source, 1, 60, 256 << 10)?;
-    fs::write(source.join("later"), Random::new(2).bytes(8 << 20))?;
+    // The first in order: it is half there when the first run is killed, and complete when the second one is.
+    fs::write(source.join("a"), Random::new(2).bytes(6 << 20))?;
     writer.backup(&source, &[])?;
     let target = rig.scratch().join("restored");
     let restored = target.join(source.strip_prefix("/")?);
@@ -93,7 +94,7 @@ fn a_restore_killed_in_its_middle_goes_on_where_it_was_and_leaves_nothing_behind
         rig.plan(Plan { bytes_per_second: Some(2 << 20), ..Plan::default() })?;
         let start = rig.proxy()?.carried_bytes(Direction::ToClient);
         let mut restore = Process::spawn(&mut writer.command(&arguments)?)?;
-        rig.proxy()?.wait_for_bytes(Direction::ToClient, start + 4 * MIB, PATIENCE)?;
+        rig.proxy()?.wait_for_bytes(Direction::ToClient, start + round * 4 * MIB, PATIENCE)?;
         if round == 1 {
             let busy = writer.run(&arguments)?.expect_code(11)?;
             ensure!(busy.stderr.contains("another restore"), "{}", busy.stderr);

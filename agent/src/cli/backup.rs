@@ -220,7 +220,9 @@ async fn with_signals(
             tracing::info!("stopping: what is sealed is still delivered");
             view.interrupt();
             // Whoever writes into the pipe may be silent for long.
-            stopper.iter().for_each(|stop| stop.store(true, Ordering::Relaxed));
+            if let Some(stop) = &stopper {
+                stop.store(true, Ordering::Relaxed);
+            }
             tokio::select! { _ = terminate.recv() => {}, _ = interrupt.recv() => {} }
         }
     };

@@ -9,7 +9,7 @@ use parking_lot::Mutex;
 use rustix::fs::{AtFlags, Mode, OFlags, RenameFlags, Timespec, Timestamps, UTIME_OMIT};
 use rustix::io::Errno;
 
-use super::attributes::Meta;
+use super::attributes::{Attributes, Meta};
 use super::directories::Directory;
 use super::layout::Layout;
 use super::links::LinkKey;
@@ -218,7 +218,7 @@ impl FileJob {
                     // The time is what makes it look complete: it must not reach the disk before the content.
                     rustix::fs::fsync(handle)?;
                 }
-                restorer.attributes.remove_others(handle, &self.meta, &restorer.issues);
+                Attributes::remove_others(handle, &self.meta, &restorer.issues);
                 restorer.attributes.apply_to_open(handle, &self.meta, &restorer.issues);
                 Ok(())
             }

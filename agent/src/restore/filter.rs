@@ -88,8 +88,9 @@ impl Include {
     fn matches(&self, path: &[u8]) -> bool {
         let matches = self.set.matches(as_path(path));
         for glob in &matches {
-            let seen = self.owners.get(*glob).and_then(|owner| self.seen.get(*owner));
-            seen.iter().for_each(|seen| seen.store(true, Ordering::Relaxed));
+            if let Some(seen) = self.owners.get(*glob).and_then(|owner| self.seen.get(*owner)) {
+                seen.store(true, Ordering::Relaxed);
+            }
         }
         !matches.is_empty()
     }

@@ -69,7 +69,9 @@ fn only_what_was_saved_as_a_whole_is_deleted_from() {
         let mut case = small();
         case.run_clean();
         let extra = ["beside", "keep/deep/x", "keep/extra"];
-        extra.iter().for_each(|extra| fs::write(case.path(extra), "x").unwrap());
+        for name in extra {
+            fs::write(case.path(name), "x").unwrap();
+        }
         case.options.delete = Some(Deletion { saved: vec![saved.to_vec()], ..deletion() });
         case.run_clean();
         let left: Vec<&str> = extra.into_iter().filter(|extra| case.path(extra).exists()).collect();
