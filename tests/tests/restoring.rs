@@ -82,18 +82,19 @@ fn a_restore_killed_in_its_middle_goes_on_where_it_was_and_leaves_nothing_behind
     let rig = Rig::proxied()?;
     let writer = rig.owner("writer")?;
     let source = rig.scratch().join("source");
-    random_files(&source, 1, 12, 2 << 20)?;
-    fs::write(source.join("big"), Random::new(2).bytes(8 << 20))?;
+    random_files(&source, 1, 60, 256 << 10)?;
+    // The first in order: it is half there when the first run is killed, and complete when the second one is.
+    fs::write(source.join("a"), Random::new(2).bytes(6 << 20))?;
     writer.backup(&source, &[])?;
     let target = rig.scratch().join("restored");
     let restored = target.join(source.strip_prefix("/")?);
     let arguments = ["restore", "latest", "--target", text(&target)?, "--overwrite", "if-changed"];
     let mut found = 0;
-    for round in 1..=2 {
+    for round in 1..=2u64 {
         rig.plan(Plan { bytes_per_second: Some(2 << 20), ..Plan::default() })?;
         let start = rig.proxy()?.carried_bytes(Direction::ToClient);
         let mut restore = Process::spawn(&mut writer.command(&arguments)?)?;
-        rig.proxy()?.wait_for_bytes(Direction::ToClient, start + round * 5 * MIB, PATIENCE)?;
+        rig.proxy()?.wait_for_bytes(Direction::ToClient, start + round * 4 * MIB, PATIENCE)?;
         if round == 1 {
             let busy = writer.run(&arguments)?.expect_code(11)?;
             ensure!(busy.stderr.contains("another restore"), "{}", busy.stderr);

@@ -4,12 +4,14 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use strandline_tests::compare::ensure_same;
+use strandline_tests::process::Process;
 use strandline_tests::random::Random;
-use strandline_tests::rig::{Agent, json_lines, settle};
+use strandline_tests::rig::{Agent, PATIENCE, json_lines, settle};
 
 fn text(path: &Path) -> Result<&str> {
     path.to_str().context("a path that is not text")
@@ -89,15 +91,11 @@ fn standard_input_becomes_a_file() -> Result<()> {
 fn what_a_command_prints_is_saved_only_if_the_command_succeeds() -> Result<()> {
     let local = Local::new(&[])?;
     let run = |script: &str, code: i32| {
-        let options = ["backup", "--stdin-filename", "dump", "--stdin-from-command"];
-        let command = local.agent.command(&options)?;
-        // What follows `--` belongs to the command, so the repository must come before it.
-        let mut whole = Command::new(command.get_program());
-        whole.args(command.get_args()).args(["--", "sh", "-c", script]);
-        for (name, value) in command.get_envs() {
-            value.map_or_else(|| drop(whole.env_remove(name)), |value| drop(whole.env(name, value)));
-        }
-        strandline_tests::process::run(&mut whole, strandline_tests::rig::PATIENCE)?.expect_code(code)
+        // What follows `--` belongs to the command, so the repository comes before it.
+        let mut command = strandline_tests::process::strand(local.agent.home())?;
+        command.arg("-r").arg(local.path("repository"));
+        command.args(["backup", "--stdin-filename", "dump", "--stdin-from-command", "--", "sh", "-c", script]);
+        strandline_tests::process::run(&mut command, PATIENCE)?.expect_code(code)
     };
     run("seq 1 200000", 0)?;
     ensure!(local.agent.snapshots()?.len() == 1);
@@ -110,6 +108,22 @@ fn what_a_command_prints_is_saved_only_if_the_command_succeeds() -> Result<()> {
         ensure!(failed.stderr.contains("sh failed") && failed.stderr.contains("no snapshot"), "{}", failed.stderr);
     }
     ensure!(local.agent.snapshots()?.len() == 1, "a failed command never becomes a snapshot");
+    Ok(())
+}
+
+#[test]
+fn a_backup_from_a_silent_command_can_be_interrupted() -> Result<()> {
+    let local = Local::new(&[])?;
+    local.agent.run(&["init"])?.expect_code(0)?;
+    let arguments = ["backup", "--json", "--stdin-from-command", "--", "sh", "-c", "echo begun; exec sleep 1000"];
+    let mut command = strandline_tests::process::strand(local.agent.home())?;
+    command.arg("-r").arg(local.path("repository")).args(arguments);
+    let mut backup = Process::spawn(&mut command)?;
+    backup.wait_for_line("\"status\"", PATIENCE)?;
+    backup.terminate()?;
+    let status = backup.wait(Duration::from_secs(15))?.context("it waits for the command")?;
+    ensure!(status.code() == Some(130), "{status}: {}", backup.output());
+    ensure!(local.agent.snapshots()?.is_empty());
     Ok(())
 }
 

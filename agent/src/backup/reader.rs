@@ -313,7 +313,7 @@ impl PipeSource {
         let start = data.len();
         data.resize(start + wanted, 0);
         let result = loop {
-            match self.pipe.0.read(data.get_mut(start..).unwrap_or_default()) {
+            match self.pipe.content.read(data.get_mut(start..).unwrap_or_default()) {
                 Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
                 result => break result,
             }

@@ -6,6 +6,7 @@
 use std::fmt;
 use std::io::Read;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use crossbeam_channel::{Sender, bounded};
 use parking_lot::Mutex;
@@ -22,8 +23,13 @@ use crate::scan::meta::Meta;
 const FILE_MODE: u32 = 0o100_600;
 const DIRECTORY_MODE: u32 = 0o040_755;
 
-/// Where the bytes come from. Reading must fail if the content is not complete.
-pub struct Pipe(pub Box<dyn Read + Send>);
+/// Where the bytes come from.
+pub struct Pipe {
+    /// The bytes. Reading must fail if the content is not complete.
+    pub content: Box<dyn Read + Send>,
+    /// Makes a reader that waits fail soon.
+    pub stop: Arc<AtomicBool>,
+}
 
 impl fmt::Debug for Pipe {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -36,6 +42,7 @@ impl fmt::Debug for Pipe {
 pub struct StreamSource {
     names: Vec<Vec<u8>>,
     meta: Meta,
+    stop: Arc<AtomicBool>,
     pipe: Arc<Mutex<Option<Pipe>>>,
 }
 
@@ -56,7 +63,12 @@ impl StreamSource {
             ..Meta::default()
         };
         let ok = !names.is_empty() && names.iter().all(legal) && !path.ends_with(b"/");
-        ok.then(|| Self { names, meta, pipe: Arc::new(Mutex::new(Some(pipe))) })
+        ok.then(|| Self { names, meta, stop: Arc::clone(&pipe.stop), pipe: Arc::new(Mutex::new(Some(pipe))) })
+    }
+
+    /// What makes a reader that waits for the pipe fail soon.
+    pub fn stopper(&self) -> Arc<AtomicBool> {
+        Arc::clone(&self.stop)
     }
 
     /// Hands the file to a reader, and its place in the order to the assembler.

@@ -213,12 +213,17 @@ async fn with_signals(
     let view = Arc::new(JobView::default());
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
+    let stopper = request.plan.stream.as_ref().map(StreamSource::stopper);
     let stopping = {
         let view = Arc::clone(&view);
         async move {
             tokio::select! { _ = terminate.recv() => {}, _ = interrupt.recv() => {} }
             tracing::info!("stopping: what is sealed is still delivered");
             view.interrupt();
+            // Whoever writes into the pipe may be silent for long.
+            if let Some(stop) = &stopper {
+                stop.store(true, Ordering::Relaxed);
+            }
             tokio::select! { _ = terminate.recv() => {}, _ = interrupt.recv() => {} }
         }
     };

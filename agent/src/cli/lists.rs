@@ -13,6 +13,7 @@ const BYTES_MAX: u64 = 256 << 20;
 
 /// Lists of paths.
 #[derive(clap::Args, Debug, Default)]
+#[expect(clippy::struct_field_names, reason = "they are the words of the command line")]
 pub struct PathLists {
     /// Save what this file lists, one path or pattern (`*`, `?`, `[…]`) on each line; `#` begins a comment; `-` is standard
     /// input; may be repeated
@@ -108,7 +109,9 @@ fn expand(pattern: &[u8], paths: &mut Vec<PathBuf>) -> anyhow::Result<()> {
     let mut found = vec![PathBuf::from(if text.starts_with('/') { "/" } else { "" })];
     for name in text.split('/').filter(|name| !name.is_empty()) {
         if !has_wildcard(name.as_bytes()) {
-            found.iter_mut().for_each(|path| path.push(name));
+            for path in &mut found {
+                path.push(name);
+            }
             continue;
         }
         // Braces mean nothing in such lists.

@@ -1,6 +1,7 @@
 //! `strand restore`.
 
 use std::ffi::OsStr;
+use std::io::Write;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -185,8 +186,7 @@ fn options(global: &Global, wanted: &Restore, subpath: Vec<u8>) -> RestoreOption
     options.dry_run = wanted.dry_run;
     if global.verbose > 0 && !global.quiet {
         let (json, dry_run) = (global.json, wanted.dry_run);
-        // A standard output that is gone does not end a restore.
-        options.listener = Listener::new(move |action, path| drop(tell(json, dry_run, action, path)));
+        options.listener = Listener::new(move |action, path| tell(json, dry_run, action, path));
     }
     options.writers = std::thread::available_parallelism().map_or(2, usize::from).clamp(2, 8);
     options.overwrite = match wanted.overwrite {
@@ -248,19 +248,21 @@ struct Told {
     path: String,
 }
 
-/// A path, with `-v`.
-fn tell(json: bool, dry_run: bool, action: Action, path: &[u8]) -> anyhow::Result<()> {
+/// A path, with `-v`. A standard output that is gone does not end a restore.
+fn tell(json: bool, dry_run: bool, action: Action, path: &[u8]) {
     let action = match action {
         Action::Restored => "restored",
         Action::Left => "left",
         Action::Deleted => "deleted",
     };
     let path = format!("/{}", output::path(path));
-    if json {
-        return output::json_line(&Told { message_type: "path", action, path });
-    }
-    let would = if dry_run { "would be " } else { "" };
-    output::print(format!("{would}{action} {path}\n").as_bytes())
+    let line = if json {
+        serde_json::to_string(&Told { message_type: "path", action, path }).unwrap_or_default()
+    } else {
+        let would = if dry_run { "would be " } else { "" };
+        format!("{would}{action} {path}")
+    };
+    let _ = std::io::stdout().write_all(format!("{line}\n").as_bytes());
 }
 
 fn issues(global: &Global, report: &RestoreReport) -> anyhow::Result<()> {

@@ -267,3 +267,32 @@ impl ChunkSource for NetworkSource {
         *self.blocks.received.lock()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_oldest_fetch_comes_first_and_a_waiting_reader_gets_a_block_whatever_is_open() {
+        let mut state = DeskState::default();
+        let (full, _full_reader) = bounded(2);
+        full.send(Err(FetchError::Lost { reason: String::new() })).unwrap();
+        let (empty, _empty_reader) = bounded(2);
+        let put = |state: &mut DeskState, fetch: u64, reader: &Sender<_>, name: &'static [u8]| {
+            let arrival = Arrival { block: Bytes::from_static(name), wanted: Arc::default(), reader: reader.clone() };
+            state.waiting_count += 1;
+            state.waiting.entry(fetch).or_default().push_back(arrival);
+        };
+        put(&mut state, 2, &full, b"later");
+        put(&mut state, 1, &full, b"first");
+        put(&mut state, 3, &empty, b"wanted");
+        let next = |state: &mut DeskState| state.next().map(|arrival| arrival.block);
+        assert_eq!(next(&mut state).unwrap(), "first");
+        state.opened_bytes = OPENED_BYTES_MAX;
+        assert_eq!(next(&mut state).unwrap(), "wanted");
+        assert_eq!(next(&mut state), None, "nobody waits, and there is no room");
+        state.opened_bytes -= 1;
+        assert_eq!(next(&mut state).unwrap(), "later");
+        assert_eq!((next(&mut state), state.waiting_count), (None, 0));
+    }
+}

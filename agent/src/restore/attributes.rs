@@ -93,7 +93,7 @@ impl Attributes {
 
     /// Removes what an existing file has and the snapshot does not: it might give somebody access. What the system guards
     /// by itself (labels of security modules) stays.
-    pub(super) fn remove_others(&self, handle: &impl AsFd, meta: &Meta, issues: &Issues) {
+    pub(super) fn remove_others(handle: &impl AsFd, meta: &Meta, issues: &Issues) {
         let mut buffer = vec![0; XATTR_NAMES_BYTES_MAX];
         // A file system without extended attributes has none.
         let Ok(listed) = rustix::fs::flistxattr(handle, buffer.as_mut_slice()) else { return };

@@ -50,7 +50,6 @@ struct Frame {
 
 /// Names of the target's directory that the walk has not come to yet.
 struct Extra {
-    handle: OwnedFd,
     names: Names,
     next: Option<Name>,
 }
@@ -77,8 +76,10 @@ impl Deleter {
         let prefix = walk_prefix(&restorer.options.subpath);
         let Ok(Some(directory)) = walkable(start) else { return };
         let included = restorer.filter.includes_from_above(&prefix);
-        let mut stack = vec![self.frame(restorer, Arc::clone(top), &prefix, included, None)];
-        let mut walk = restorer.reader.walk(directory, &prefix);
+        let target = self.frame(restorer, Arc::clone(top), &prefix, included, None);
+        let device = target.device;
+        let mut stack = vec![target];
+        let mut walk = restorer.filter.walk(&restorer.reader, directory, &prefix);
         while let Some(item) = walk.next().filter(|_| !restorer.stopped()) {
             let Some(frame) = stack.last_mut() else { return };
             match item {
@@ -90,7 +91,6 @@ impl Deleter {
                         walk.skip_directory();
                         continue;
                     }
-                    let device = frame.device;
                     let directory = Directory::below(&frame.directory, Meta::new(path.clone(), &entry));
                     stack.push(self.frame(restorer, directory, &path, included, device));
                 }
@@ -110,21 +110,22 @@ impl Deleter {
         }
     }
 
-    /// Begins a directory. Without names if nothing in it is to be deleted, without device if it is not there.
+    /// Begins a directory in a target on the device `target`. Without names if nothing in it is to be deleted, without
+    /// device if it is not there.
     fn frame(
         &self,
         restorer: &Restorer,
         directory: Arc<Directory>,
         path: &[u8],
         included: bool,
-        above: Option<u64>,
+        target: Option<u64>,
     ) -> Frame {
         let handle = restorer.handles.open_readable(&directory).ok();
         let device = handle.as_ref().and_then(|handle| rustix::fs::fstat(handle).ok()).map(|stat| stat.st_dev);
-        let is_mounted = above.is_some() && above != device;
+        let is_mounted = target.is_some() && target != device;
         let counts = self.is_saved(path) && !self.unread.contains(path) && !is_mounted;
         let extra = handle.filter(|_| counts).and_then(|handle| match Names::read(handle.as_fd(), &self.spill) {
-            Ok(names) => Some(Extra { handle, names, next: None }),
+            Ok(names) => Some(Extra { names, next: None }),
             Err(error) => {
                 restorer.issues.add_flaw(path, format!("nothing in it was deleted, it cannot be listed: {error}"));
                 None
@@ -168,7 +169,11 @@ impl Deleter {
             if !frame.included && !restorer.filter.includes(&path) {
                 continue;
             }
-            match self.remove(restorer, &extra.handle, frame.device, &next, path, 0) {
+            let removed = match restorer.handles.open(&frame.directory) {
+                Ok(handle) => self.remove(restorer, &handle, frame.device, &next, path, 0),
+                Err(error) => Err((path, error)),
+            };
+            match removed {
                 Ok(is_gone) => frame.deleted |= is_gone,
                 Err((path, error)) => restorer.issues.add(&path, format!("it cannot be deleted: {error}")),
             }
@@ -193,11 +198,12 @@ impl Deleter {
             Err(Errno::NOENT) => return Ok(true),
             Err(error) => return Err((path, error.into())),
         };
-        if self.options.keep.contains(&(stat.st_dev, stat.st_ino)) || device.is_some_and(|device| device != stat.st_dev)
-        {
+        let is_directory = FileType::from_raw_mode(stat.st_mode) == FileType::Directory;
+        // Files of layered file systems may show another device than their directory.
+        let is_mounted = is_directory && device.is_some_and(|device| device != stat.st_dev);
+        if is_mounted || self.options.keep.contains(&(stat.st_dev, stat.st_ino)) {
             return Ok(false);
         }
-        let is_directory = FileType::from_raw_mode(stat.st_mode) == FileType::Directory;
         if is_directory && !self.empty(restorer, parent, stat.st_dev, name, &path, depth)? {
             return Ok(false);
         }

@@ -164,8 +164,7 @@ impl Directory {
     fn make(self: &Arc<Self>, restorer: &Restorer) -> io::Result<Made> {
         let Some(parent) = &self.parent else { return Ok(Made::Yes) };
         if restorer.options.dry_run && parent.is_fresh() {
-            self.fresh.store(true, Ordering::Release);
-            return Ok(Made::Yes);
+            return Ok(self.begin(restorer));
         }
         let above = restorer.handles.open(parent)?;
         let stat = match rustix::fs::statat(&*above, self.name(), AtFlags::SYMLINK_NOFOLLOW) {
@@ -191,9 +190,14 @@ impl Directory {
         if !restorer.options.dry_run {
             rustix::fs::mkdirat(&*above, self.name(), Mode::RWXU)?;
         }
+        Ok(self.begin(restorer))
+    }
+
+    /// It is new and empty.
+    fn begin(&self, restorer: &Restorer) -> Made {
         self.fresh.store(true, Ordering::Release);
         restorer.options.listener.tell(Action::Restored, &self.path);
-        Ok(Made::Yes)
+        Made::Yes
     }
 }
 

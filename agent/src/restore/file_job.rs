@@ -9,7 +9,7 @@ use parking_lot::Mutex;
 use rustix::fs::{AtFlags, Mode, OFlags, RenameFlags, Timespec, Timestamps, UTIME_OMIT};
 use rustix::io::Errno;
 
-use super::attributes::Meta;
+use super::attributes::{Attributes, Meta};
 use super::directories::Directory;
 use super::layout::Layout;
 use super::links::LinkKey;
@@ -19,7 +19,7 @@ use super::{Action, Overwrite, Restorer};
 
 /// Unit in which runs of zeros are looked for, bytes: what most file systems allocate at least.
 const ZERO_BLOCK: u64 = 4096;
-/// The modification time, seconds since 1970, of a file that is being changed in place.
+/// The modification time, seconds since 1970, of a file that is about to be changed in place.
 const UNFINISHED: i64 = 1;
 
 /// A regular file under way. Finished by whoever releases it last.
@@ -40,7 +40,8 @@ pub(super) enum Place {
     /// Into a file of this temporary name, which gets its own name when it is complete.
     Temporary(Vec<u8>),
     /// Into the file that is there, and only where it differs. While it is neither what it was nor what it will be, its
-    /// time is [`UNFINISHED`]: no later restore takes it for complete.
+    /// time is not the snapshot's: [`UNFINISHED`] on the disk before the first write, then that of the last write. No later
+    /// restore takes it for complete.
     Existing(Identity),
 }
 
@@ -217,7 +218,7 @@ impl FileJob {
                     // The time is what makes it look complete: it must not reach the disk before the content.
                     rustix::fs::fsync(handle)?;
                 }
-                restorer.attributes.remove_others(handle, &self.meta, &restorer.issues);
+                Attributes::remove_others(handle, &self.meta, &restorer.issues);
                 restorer.attributes.apply_to_open(handle, &self.meta, &restorer.issues);
                 Ok(())
             }

@@ -9,8 +9,10 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use globset::{GlobBuilder, GlobSet, GlobSetBuilder};
+use strandline_messages::ChunkId;
 
 use super::RestoreError;
+use crate::trees::{TreeReader, Walk};
 
 pub(super) struct Filter {
     include: Option<Include>,
@@ -50,6 +52,12 @@ impl Filter {
         leads.is_none_or(|leads| leads.is_match(as_path(directory)))
     }
 
+    /// The walk as these patterns want it.
+    pub(super) fn walk(&self, reader: &TreeReader, directory: ChunkId, path: &[u8]) -> Walk {
+        let walk = reader.walk(directory, path);
+        if self.include.as_ref().is_some_and(|include| include.leads.is_some()) { walk.selective() } else { walk }
+    }
+
     /// Whether the path or a directory above it is included by a pattern.
     pub(super) fn includes_from_above(&self, path: &[u8]) -> bool {
         let ends = path.iter().enumerate().filter(|(_, byte)| **byte == b'/').map(|(end, _)| end).chain([path.len()]);
@@ -80,8 +88,9 @@ impl Include {
     fn matches(&self, path: &[u8]) -> bool {
         let matches = self.set.matches(as_path(path));
         for glob in &matches {
-            let seen = self.owners.get(*glob).and_then(|owner| self.seen.get(*owner));
-            seen.iter().for_each(|seen| seen.store(true, Ordering::Relaxed));
+            if let Some(seen) = self.owners.get(*glob).and_then(|owner| self.seen.get(*owner)) {
+                seen.store(true, Ordering::Relaxed);
+            }
         }
         !matches.is_empty()
     }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use crossbeam_channel::{Sender, bounded};
-use rustix::fs::{AtFlags, Dev, FileType, Mode};
+use rustix::fs::{AtFlags, Dev, FileType, Mode, OFlags};
 use rustix::io::Errno;
 use strandline_messages::format::tree::{Content, EntryNode};
 
@@ -70,7 +70,7 @@ impl<'a> Planner<'a> {
                 if let Some((_, inherited)) = self.stack.last_mut() {
                     *inherited = included;
                 }
-                let mut walk = self.restorer.reader.walk(directory, &prefix);
+                let mut walk = self.restorer.filter.walk(&self.restorer.reader, directory, &prefix);
                 while let Some(item) = walk.next().filter(|_| !self.restorer.stopped()) {
                     match item {
                         Ok((path, Step::Enter(entry))) => {
@@ -156,9 +156,9 @@ impl<'a> Planner<'a> {
         if let EntryNode::File { size, content, holes } = &entry.entry.node {
             let layout = Layout::new(*size, holes);
             let mut old = self.old(directory, &existing, entry, content);
-            let same = old.as_mut().is_some_and(|old| old.is_single && self.is_same(old, &layout, entry));
-            let in_place = old.as_ref().filter(|old| same || restorer.options.in_place && old.is_single);
-            let identity = in_place.map(|old| old.identity);
+            let same = old.as_mut().is_some_and(|old| old.can_stay && self.is_same(old, &layout, entry));
+            let in_place = |old: &&Old| restorer.options.in_place && old.can_stay && self.is_writable(directory, &meta);
+            let identity = old.as_ref().filter(|old| same || in_place(old)).map(|old| old.identity);
             let job = FileJob::new(restorer, directory, meta, layout, key, identity);
             if same {
                 restorer.issues.progress.bytes_reused.fetch_add(job.layout.content, Ordering::Relaxed);
@@ -197,7 +197,8 @@ impl<'a> Planner<'a> {
     fn clear(&self, directory: &Arc<Directory>, meta: &Meta) -> std::io::Result<()> {
         let Some(deleter) = &self.restorer.deleter else { return Err(Errno::ISDIR.into()) };
         let handle = self.restorer.handles.open_readable(directory)?;
-        match deleter.remove(self.restorer, &handle, None, &meta.name, meta.path.clone(), 0) {
+        let device = rustix::fs::fstat(&handle)?.st_dev;
+        match deleter.remove(self.restorer, &handle, Some(device), &meta.name, meta.path.clone(), 0) {
             Ok(true) => Ok(()),
             Ok(false) => Err(Errno::NOTEMPTY.into()),
             Err((path, error)) => {
@@ -226,6 +227,13 @@ impl<'a> Planner<'a> {
         }
         let handle = self.restorer.handles.open(directory).ok()?;
         Old::open(&handle, &entry.entry.name)
+    }
+
+    /// Whether the existing file can be written to: not if it is a program that runs.
+    fn is_writable(&self, directory: &Arc<Directory>, meta: &Meta) -> bool {
+        let flags = OFlags::WRONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        let handle = self.restorer.handles.open(directory);
+        handle.is_ok_and(|handle| rustix::fs::openat(&*handle, meta.name.as_slice(), flags, Mode::empty()).is_ok())
     }
 
     /// Whether the file has the snapshot's content. Reads up to the first difference.

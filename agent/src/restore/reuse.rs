@@ -37,8 +37,8 @@ pub(super) struct Old {
     file: File,
     pub(super) identity: Identity,
     pub(super) size: u64,
-    /// It has no other name that would change along with it.
-    pub(super) is_single: bool,
+    /// It has no other name that would change along with it, and its attributes are this process's to set.
+    pub(super) can_stay: bool,
     buffer: Vec<u8>,
 }
 
@@ -52,13 +52,14 @@ impl Old {
         if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
             return None;
         }
+        let user = rustix::process::geteuid();
         // Advice only.
         let _ = rustix::fs::fadvise(&file, 0, None, Advice::Sequential);
         Some(Self {
             file: File::from(file),
             identity: Identity { device: stat.st_dev, inode: stat.st_ino },
             size,
-            is_single: stat.st_nlink == 1,
+            can_stay: stat.st_nlink == 1 && (user.is_root() || user.as_raw() == stat.st_uid),
             buffer: Vec::new(),
         })
     }

@@ -596,6 +596,8 @@ fn a_lost_repository_ends_the_restore_and_leaves_no_half_files() {
     let mut case = small();
     case.options.window_bytes = 1;
     for fetches in 0..6 {
+        // What earlier rounds restored would be reused.
+        let _ = fs::remove_dir_all(case.path("keep"));
         case.source.fetches.store(0, SeqCst);
         case.source.lost_after.store(fetches, SeqCst);
         let error = case.try_run().unwrap_err();

@@ -32,7 +32,7 @@ fn one_file(bytes: &[u8]) -> Case {
 }
 
 #[test]
-fn what_the_snapshot_does_not_have_is_deleted_and_nothing_else() {
+fn s42_what_the_snapshot_does_not_have_is_deleted_and_nothing_behind_a_link() {
     let mut case = small();
     let outside = tempfile::tempdir().unwrap();
     fs::write(outside.path().join("precious"), "outside").unwrap();
@@ -69,7 +69,9 @@ fn only_what_was_saved_as_a_whole_is_deleted_from() {
         let mut case = small();
         case.run_clean();
         let extra = ["beside", "keep/deep/x", "keep/extra"];
-        extra.iter().for_each(|extra| fs::write(case.path(extra), "x").unwrap());
+        for name in extra {
+            fs::write(case.path(name), "x").unwrap();
+        }
         case.options.delete = Some(Deletion { saved: vec![saved.to_vec()], ..deletion() });
         case.run_clean();
         let left: Vec<&str> = extra.into_iter().filter(|extra| case.path(extra).exists()).collect();
@@ -247,7 +249,8 @@ fn a_file_half_changed_in_place_never_looks_complete() {
     case.source.lost_after.store(20, SeqCst);
     assert!(case.try_run().is_err());
     let half = fs::metadata(case.path("image")).unwrap();
-    assert_eq!((half.len(), half.mtime() < 10), (1 << 20, true), "its time says that it is not complete");
+    assert_eq!(half.len(), 1 << 20);
+    assert_ne!(half.mtime(), 1_600_000_000, "its time says that it is not complete");
     assert!(case.read("image") != other && case.read("image") != bytes);
     case.source.lost_after.store(usize::MAX, SeqCst);
     let report = case.run_clean();

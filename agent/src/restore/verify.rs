@@ -36,7 +36,7 @@ pub(super) fn run(restorer: &Restorer, top: &Arc<Directory>, start: &Resolved) {
         _ => return,
     };
     let mut stack = vec![(Arc::clone(top), filter.includes_from_above(&prefix))];
-    let mut walk = restorer.reader.walk(directory, &prefix);
+    let mut walk = filter.walk(&restorer.reader, directory, &prefix);
     while let Some(item) = walk.next().filter(|_| !restorer.stopped()) {
         let Some((parent, inherited)) = stack.last() else { return };
         match item {
