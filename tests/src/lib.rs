@@ -3,6 +3,7 @@
 
 pub mod compare;
 pub mod corpus;
+pub mod gc_model;
 pub mod mutate;
 pub mod process;
 pub mod proxy;
