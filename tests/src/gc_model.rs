@@ -70,6 +70,10 @@ pub struct Shape<const B: usize, const S: usize> {
     pub readers: bool,
     /// Whether the power may be cut.
     pub power_cuts: bool,
+    /// Whether a collection moves blocks, and condemns in several transactions.
+    pub long_runs: bool,
+    /// Whether blocks that are freed or withdrawn leave at once, as far as no rule that is removed could notice.
+    pub drops_at_once: bool,
 }
 
 /// The chunks of the small shapes: T refers to C.
@@ -151,6 +155,8 @@ pub enum Rule {
     CondemnSeesCommits,
     /// It fails, too, if an undelete came after it.
     CondemnSeesUndeletes,
+    /// A collection condemns only blocks that were there when it marked.
+    CondemnOnlyWhatWasThere,
     /// A condemnation takes the flags of all unmarked trees.
     UnmarkedAreUnflagged,
     /// Also those that were set after they were enumerated.
@@ -193,7 +199,7 @@ pub enum Rule {
 
 impl Rule {
     /// Every rule.
-    pub const ALL: [Self; 29] = [
+    pub const ALL: [Self; 30] = [
         Self::LeaseBeforeAnswers,
         Self::KnownUnderLeaseOnly,
         Self::TreesMustBeComplete,
@@ -204,6 +210,7 @@ impl Rule {
         Self::CommitRevives,
         Self::CondemnSeesCommits,
         Self::CondemnSeesUndeletes,
+        Self::CondemnOnlyWhatWasThere,
         Self::UnmarkedAreUnflagged,
         Self::LateFlagsFall,
         Self::UnflaggingIsSynced,
@@ -247,23 +254,62 @@ impl<const B: usize, const S: usize> Model<B, S> {
     }
 }
 
-/// One tree, one chunk, two copies of each, two sessions: everything but power cuts.
+/// One tree, one chunk, two copies of each, two sessions.
 pub fn small(without: Option<Rule>) -> Model<4, 2> {
-    let shape =
-        Shape { chunks: ONE_TREE, copies: [0, 0, 1, 1], roots: 1, damage: 1, readers: false, power_cuts: false };
+    let shape = Shape {
+        chunks: ONE_TREE,
+        copies: [0, 0, 1, 1],
+        roots: 1,
+        damage: 1,
+        readers: false,
+        power_cuts: false,
+        long_runs: false,
+        drops_at_once: true,
+    };
     Model { shape, without }
 }
 
 /// One tree, one chunk, one copy of each, one session: with power cuts and readers.
 pub fn narrow(without: Option<Rule>) -> Model<2, 1> {
-    let shape = Shape { chunks: ONE_TREE, copies: [0, 1], roots: 1, damage: 2, readers: true, power_cuts: true };
+    let shape = Shape {
+        chunks: ONE_TREE,
+        copies: [0, 1],
+        roots: 1,
+        damage: 2,
+        readers: true,
+        power_cuts: true,
+        long_runs: true,
+        drops_at_once: false,
+    };
+    Model { shape, without }
+}
+
+/// One tree, one chunk, two copies of each, one session: collections that move blocks.
+pub fn moving(without: Option<Rule>) -> Model<4, 1> {
+    let shape = Shape {
+        chunks: ONE_TREE,
+        copies: [0, 0, 1, 1],
+        roots: 1,
+        damage: 1,
+        readers: false,
+        power_cuts: false,
+        long_runs: true,
+        drops_at_once: false,
+    };
     Model { shape, without }
 }
 
 /// Three trees and three chunks, shared, two copies of each, three sessions: for random walks.
-pub fn large() -> Model<12, 3> {
-    let copies = [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5];
-    let shape =
-        Shape { chunks: TWO_ROOTS, copies, roots: 0b11, damage: u8::MAX, readers: true, power_cuts: true };
-    Model { shape, without: None }
+pub fn large(without: Option<Rule>) -> Model<12, 3> {
+    let shape = Shape {
+        chunks: TWO_ROOTS,
+        copies: [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5],
+        roots: 0b11,
+        damage: u8::MAX,
+        readers: true,
+        power_cuts: true,
+        long_runs: true,
+        drops_at_once: false,
+    };
+    Model { shape, without }
 }

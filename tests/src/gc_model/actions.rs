@@ -151,7 +151,8 @@ impl<const B: usize, const S: usize> Model<B, S> {
             Stage::Idle => into.push(Action::Check(number)),
             Stage::Walking => {
                 let tree = session.to_read.trailing_zeros() as usize;
-                let usable = self.shape.copies_of(tree).filter(|copy| self.usable(&state.blocks[*copy], session.lease()));
+                let usable =
+                    self.shape.copies_of(tree).filter(|copy| self.usable(&state.blocks[*copy], session.lease()));
                 let before = into.len();
                 into.extend(usable.map(|copy| Action::Read(number, small(copy))));
                 if into.len() == before {
@@ -196,20 +197,14 @@ impl<const B: usize, const S: usize> Model<B, S> {
             Gc::Idle => into.push(Action::List),
             Gc::Listed { roots } => self.marks(state, 0, roots, 0, into),
             Gc::Walked { .. } => into.push(Action::Enumerate),
-            Gc::Enumerated { marked, .. } => {
-                let candidates = (0..B).filter(|at| state.blocks[*at].code == BlockCode::Live && !has(marked, *at));
-                let candidates = candidates.fold(0u16, |set, at| set | 1 << at);
+            Gc::Enumerated { condemn, revive, .. } => {
                 // All subsets; the empty one only revives.
-                let mut subset = candidates;
+                let mut subset = condemn;
                 while subset > 0 {
                     into.push(Action::Condemn(subset));
-                    subset = (subset - 1) & candidates;
+                    subset = (subset - 1) & condemn;
                 }
-                if bits(marked).any(|at| state.blocks[at].code == BlockCode::Condemned) {
-                    into.push(Action::Condemn(0));
-                } else {
-                    into.push(Action::Sweep);
-                }
+                into.push(if revive > 0 { Action::Condemn(0) } else { Action::Sweep });
             }
             Gc::Sweeping => into.push(Action::Finish),
         }
@@ -223,7 +218,7 @@ impl<const B: usize, const S: usize> Model<B, S> {
         let (block, number) = (&state.blocks[at], small(at));
         let sweeping = state.gc == Gc::Sweeping;
         match block.code {
-            BlockCode::Live if sweeping => {
+            BlockCode::Live if sweeping && self.shape.long_runs => {
                 let others = || self.shape.copies_of(self.shape.chunk_of(at)).filter(move |other| *other != at);
                 if others().any(|other| state.blocks[other].code == BlockCode::Absent) {
                     into.push(Action::Move(number));

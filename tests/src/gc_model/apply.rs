@@ -51,6 +51,7 @@ impl<const B: usize, const S: usize> Model<B, S> {
             Action::Drop(block) => {
                 next.blocks[usize::from(block)] = Block::default();
                 next.durable.blocks[usize::from(block)] = (BlockCode::Absent, 0);
+                self.forget_block(&mut next, block.into());
             }
             Action::Withdraw(block) => self.withdraw(&mut next, block.into()),
             Action::SyncFlags => next.blocks.iter_mut().for_each(|block| block.flagged_on_disk = block.flagged),
@@ -97,6 +98,23 @@ impl<const B: usize, const S: usize> Model<B, S> {
             state.blocks[copy] = Block { code: BlockCode::Live, ..Block::default() };
             state.durable.blocks[copy] = (BlockCode::Absent, 0);
             state.sessions[at].relies_on |= 1 << chunk;
+        }
+    }
+
+    /// A block's place will be another's: nobody who remembers the old one means the new one.
+    fn forget_block(&self, state: &mut State<B, S>, at: usize) {
+        let keep = !(1 << at);
+        if let Gc::Walked { condemn, revive, .. } | Gc::Enumerated { condemn, revive, .. } = &mut state.gc {
+            if self.keeps(Rule::CondemnOnlyWhatWasThere) {
+                *condemn &= keep;
+            }
+            *revive &= keep;
+        }
+        if let Gc::Enumerated { flagged, log, .. } = &mut state.gc {
+            (*flagged, *log) = (*flagged & keep, *log & keep);
+        }
+        for session in &mut state.sessions {
+            (session.read, session.revive) = (session.read & keep, session.revive & keep);
         }
     }
 
@@ -231,21 +249,21 @@ impl<const B: usize, const S: usize> Model<B, S> {
         state.retained | deleted | pinned
     }
 
-    /// What is needed, seen from the trees whose marked copies can be read.
+    /// What is needed, seen from the trees whose marked copies can be read, and what that means for each block.
     fn mark(&self, state: &State<B, S>, marked: u16) -> Gc {
         let Gc::Listed { roots } = state.gc else { return Gc::Idle };
-        let mut needed = roots;
-        // Children come after their parents.
-        for at in bits(marked) {
-            needed |= self.shape.chunks[self.shape.chunk_of(at)].children;
-        }
-        Gc::Walked { needed, marked }
+        let children = |at: usize| self.shape.chunks[self.shape.chunk_of(at)].children;
+        let needed = bits(marked).fold(roots, |set, at| set | children(at));
+        let of =
+            |code: BlockCode| (0..B).filter(move |at| state.blocks[*at].code == code).fold(0, |set, at| set | 1 << at);
+        let there = if self.keeps(Rule::CondemnOnlyWhatWasThere) { of(BlockCode::Live) } else { u16::MAX >> (16 - B) };
+        Gc::Walked { needed, condemn: there & !marked, revive: of(BlockCode::Condemned) & marked }
     }
 
     fn enumerate(&self, state: &State<B, S>) -> Gc {
-        let Gc::Walked { needed, marked } = state.gc else { return Gc::Idle };
+        let Gc::Walked { needed, condemn, revive } = state.gc else { return Gc::Idle };
         let unmarked = (0..B).filter(|at| state.blocks[*at].flagged && !has(needed, self.shape.chunk_of(*at)));
-        Gc::Enumerated { needed, marked, flagged: unmarked.fold(0, |set, at| set | 1 << at), log: 0 }
+        Gc::Enumerated { needed, condemn, revive, flagged: unmarked.fold(0, |set, at| set | 1 << at), log: 0 }
     }
 
     /// The collection stores a block again as it is, and carries its flag over.
@@ -258,8 +276,10 @@ impl<const B: usize, const S: usize> Model<B, S> {
     }
 
     fn condemn(&self, state: &mut State<B, S>, blocks: u16) {
-        let Gc::Enumerated { needed, marked, flagged, log } = state.gc else { return };
-        state.gc = Gc::Enumerated { needed, marked, flagged: 0, log: 0 };
+        let Gc::Enumerated { needed, condemn, revive, flagged, log } = state.gc else { return };
+        let rest = condemn & !blocks;
+        let more = Gc::Enumerated { needed, condemn: rest, revive: 0, flagged: 0, log: 0 };
+        state.gc = if self.shape.long_runs { more } else { Gc::Sweeping };
         let late = if self.keeps(Rule::LateFlagsFall) { log } else { 0 };
         if self.keeps(Rule::UnmarkedAreUnflagged) {
             let unmarked = bits(flagged | late).filter(|at| !has(needed, self.shape.chunk_of(*at)));
@@ -267,9 +287,9 @@ impl<const B: usize, const S: usize> Model<B, S> {
         }
         let open = (0..S).filter(|at| state.sessions[*at].lease > 0).fold(0, |set, at| set | 1 << at);
         for (at, block) in state.blocks.iter_mut().enumerate() {
-            if has(blocks, at) {
+            if has(blocks, at) && block.code == BlockCode::Live {
                 (block.code, block.epoch, block.waits_for) = (BlockCode::Condemned, state.epoch, open);
-            } else if has(marked, at) || !self.keeps(Rule::FreeingIsFinal) && has(needed, self.shape.chunk_of(at)) {
+            } else if has(revive, at) || !self.keeps(Rule::FreeingIsFinal) && has(needed, self.shape.chunk_of(at)) {
                 match block.code {
                     BlockCode::Condemned => block.code = BlockCode::Live,
                     BlockCode::Freeing | BlockCode::Journalled if !self.keeps(Rule::FreeingIsFinal) => {

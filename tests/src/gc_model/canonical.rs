@@ -22,11 +22,14 @@ impl<const B: usize, const S: usize> Model<B, S> {
             // Its transaction will fail.
             state.zombie = 0;
         }
-        let punch_is_silent = [Rule::JournalBeforePunch, Rule::JournalWins, Rule::FreeingIsFinal];
-        let punched = punch_is_silent.into_iter().all(|rule| self.keeps(rule));
-        for block in &mut state.blocks {
+        let noticed = [Rule::JournalBeforePunch, Rule::JournalWins, Rule::FreeingIsFinal, Rule::FreedIsUnknown];
+        let punched = noticed.into_iter().all(|rule| self.keeps(rule));
+        for (block, row) in state.blocks.iter_mut().zip(&mut state.durable.blocks) {
             if punched && block.code == BlockCode::Journalled {
                 block.code = BlockCode::Freed;
+            }
+            if punched && self.shape.drops_at_once && matches!(block.code, BlockCode::Freed | BlockCode::Withdrawn) {
+                (*block, *row) = (Block::default(), (BlockCode::Absent, 0));
             }
             let gone = !matches!(block.code, BlockCode::Condemned) && !block.code.is_live();
             if gone && self.keeps(Rule::FreedIsUnknown) {
@@ -38,16 +41,27 @@ impl<const B: usize, const S: usize> Model<B, S> {
         let all_fall = self.keeps(Rule::UnmarkedAreUnflagged) && self.keeps(Rule::LateFlagsFall);
         let unmarked = |needed: u16| (0..B).filter(move |at| !has(needed, self.shape.chunk_of(*at)));
         match &mut state.gc {
-            gc @ Gc::Listed { roots: 0 } => *gc = Gc::Walked { needed: 0, marked: 0 },
             Gc::Enumerated { needed, flagged, log, .. } if !all_fall => {
                 let mask = unmarked(*needed).fold(0, |set, at| set | 1 << at);
                 (*flagged, *log) = (*flagged & mask, *log & mask & !*flagged);
             }
             _ => {}
         }
-        if all_fall && let Gc::Walked { needed, marked } | Gc::Enumerated { needed, marked, .. } = state.gc {
+        let live = (0..B).filter(|at| state.blocks[*at].code == BlockCode::Live).fold(0, |set, at| set | 1 << at);
+        let condemned = (0..B).filter(|at| is_condemned(&state.blocks[*at])).fold(0, |set, at| set | 1 << at);
+        let there = self.keeps(Rule::CondemnOnlyWhatWasThere);
+        if let Gc::Walked { condemn, revive, .. } | Gc::Enumerated { condemn, revive, .. } = &mut state.gc {
+            // What has been revived by a commit meanwhile is condemned again at worst; a live block is not revived.
+            if there {
+                *condemn &= live;
+            }
+            *revive &= condemned;
+        }
+        if all_fall
+            && let Gc::Walked { needed, condemn, revive } | Gc::Enumerated { needed, condemn, revive, .. } = state.gc
+        {
             let flagged = unmarked(needed).fold(0, |set, at| set | 1 << at);
-            state.gc = Gc::Enumerated { needed, marked, flagged, log: 0 };
+            state.gc = Gc::Enumerated { needed, condemn, revive, flagged, log: 0 };
         }
     }
 
@@ -57,7 +71,8 @@ impl<const B: usize, const S: usize> Model<B, S> {
         let mut leases: [u8; S] = state.sessions.map(|session| session.lease);
         // Without these rules an epoch may matter to leases that are yet to come.
         let exact = self.keeps(Rule::EpochMovesOn) && self.keeps(Rule::KnownUnderLeaseOnly);
-        state.epoch = renumbered(&mut epochs, &state.blocks.map(|block| is_condemned(&block)), &mut leases, state.epoch, exact);
+        state.epoch =
+            renumbered(&mut epochs, &state.blocks.map(|block| is_condemned(&block)), &mut leases, state.epoch, exact);
         state.blocks.iter_mut().zip(epochs).for_each(|(block, epoch)| block.epoch = epoch);
         state.sessions.iter_mut().zip(leases).for_each(|(session, lease)| session.lease = lease);
         if self.shape.power_cuts {
@@ -139,8 +154,10 @@ type Key = (Block, (BlockCode, u8), u16, [u16; 4]);
 fn key<const B: usize, const S: usize>(state: &State<B, S>, at: usize) -> Key {
     let bit = |set: u16| u16::from(has(set, at));
     let gc = match state.gc {
-        Gc::Walked { marked, .. } => bit(marked),
-        Gc::Enumerated { marked, flagged, log, .. } => bit(marked) | bit(flagged) << 1 | bit(log) << 2,
+        Gc::Walked { condemn, revive, .. } => bit(condemn) | bit(revive) << 1,
+        Gc::Enumerated { condemn, revive, flagged, log, .. } => {
+            bit(condemn) | bit(revive) << 1 | bit(flagged) << 2 | bit(log) << 3
+        }
         _ => 0,
     };
     let mut sessions = [0; 4];
@@ -159,8 +176,10 @@ fn swap_copies<const B: usize, const S: usize>(state: &mut State<B, S>, a: usize
     state.blocks.swap(a, b);
     state.durable.blocks.swap(a, b);
     match &mut state.gc {
-        Gc::Walked { marked, .. } => swap(marked),
-        Gc::Enumerated { marked, flagged, log, .. } => [marked, flagged, log].into_iter().for_each(swap),
+        Gc::Walked { condemn, revive, .. } => [condemn, revive].into_iter().for_each(swap),
+        Gc::Enumerated { condemn, revive, flagged, log, .. } => {
+            [condemn, revive, flagged, log].into_iter().for_each(swap);
+        }
         Gc::Idle | Gc::Listed { .. } | Gc::Sweeping => {}
     }
     for session in &mut state.sessions {

@@ -123,11 +123,7 @@ const RARELY: u64 = 40;
 const SHOWN: usize = 60;
 
 /// Takes `steps` random steps. Returns how many commits succeeded and how many blocks were freed; or the end of the history.
-pub fn walk<const B: usize, const S: usize>(
-    model: &Model<B, S>,
-    seed: u64,
-    steps: u64,
-) -> Result<(u64, u64), History> {
+pub fn walk<const B: usize, const S: usize>(model: &Model<B, S>, seed: u64, steps: u64) -> Result<(u64, u64), History> {
     let mut random = Random::new(seed);
     let (mut state, mut actions, mut taken) = (model.start(), Vec::new(), Vec::new());
     let (mut commits, mut freed) = (0, 0);

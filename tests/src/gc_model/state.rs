@@ -114,15 +114,19 @@ pub enum Gc {
     Walked {
         /// The chunks that are needed.
         needed: u16,
-        /// The blocks that hold the marked copies of them.
-        marked: u16,
+        /// Live blocks that are not marked.
+        condemn: u16,
+        /// Condemned blocks that are marked.
+        revive: u16,
     },
     /// The flags that must fall have been listed; blocks are being condemned.
     Enumerated {
         /// The chunks that are needed.
         needed: u16,
-        /// The blocks that hold the marked copies of them.
-        marked: u16,
+        /// Live blocks that are not marked.
+        condemn: u16,
+        /// Condemned blocks that are marked.
+        revive: u16,
         /// Blocks of unmarked trees that were flagged then.
         flagged: u16,
         /// Blocks flagged since then.
