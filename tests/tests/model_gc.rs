@@ -1,5 +1,7 @@
 //! Scenario 33: backups, deletions, garbage collection, damage, crashes and frozen nodes in every order (`gc_model`).
 
+#![expect(clippy::unwrap_used, clippy::panic, reason = "helpers of tests fail their test by panicking")]
+
 use strandline_tests::gc_model::Action::{
     Check, Commit, Condemn, Crash, Delete, End, Enumerate, Flag, FlagPass, Free, Journal, List, Mark, Open, Punch,
     Purge, Read, Resume, Revive, Store, Sweep, SyncFlags, TellKnown, Undelete, Withdraw, ZombieCommit,

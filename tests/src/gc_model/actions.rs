@@ -152,7 +152,7 @@ impl<const B: usize, const S: usize> Model<B, S> {
             Stage::Walking => {
                 let tree = session.to_read.trailing_zeros() as usize;
                 let usable =
-                    self.shape.copies_of(tree).filter(|copy| self.usable(&state.blocks[*copy], session.lease()));
+                    self.shape.copies_of(tree).filter(|copy| self.usable(state.blocks[*copy], session.lease()));
                 let before = into.len();
                 into.extend(usable.map(|copy| Action::Read(number, small(copy))));
                 if into.len() == before {
@@ -265,7 +265,9 @@ impl<const B: usize, const S: usize> Model<B, S> {
             let copies = self.shape.copies_of(chunk).filter(|at| !found && state.blocks[*at].code == code);
             let copies: Vec<usize> = copies.collect();
             found |= !copies.is_empty();
-            copies.into_iter().for_each(|at| self.marks(state, chunk + 1, below, marked | 1 << at, into));
+            for at in copies {
+                self.marks(state, chunk + 1, below, marked | 1 << at, into);
+            }
         }
         if !found && self.shape.is_tree(chunk) && self.keeps(Rule::MarkNeedsToRead) {
             into.push(Action::MarkFails);

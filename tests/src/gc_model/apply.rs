@@ -19,7 +19,7 @@ impl<const B: usize, const S: usize> Model<B, S> {
             Action::FlagPass(block) => flag(&mut next, 1 << block),
             Action::Check(at) => self.check(&mut next, at.into()),
             Action::Read(at, block) => self.read(&mut next, at.into(), block),
-            Action::Revive(at) => self.revive(&mut next, at.into()),
+            Action::Revive(at) => revive(&mut next, at.into()),
             Action::Flag(at) => self.write_flags(&mut next, at.into()),
             Action::Commit(at) => self.commit(&mut next, at.into())?,
             Action::End(at, zombie) => end(&mut next, at.into(), zombie),
@@ -168,16 +168,6 @@ impl<const B: usize, const S: usize> Model<B, S> {
             }
         }
         state.sessions[at] = session;
-    }
-
-    fn revive(&self, state: &mut State<B, S>, at: usize) {
-        for block in bits(state.sessions[at].revive) {
-            if state.blocks[block].code == BlockCode::Condemned {
-                state.blocks[block].code = BlockCode::Live;
-            }
-        }
-        // The check begins again.
-        state.sessions[at].rest();
     }
 
     fn write_flags(&self, state: &mut State<B, S>, at: usize) {
@@ -344,7 +334,7 @@ impl<const B: usize, const S: usize> Model<B, S> {
         for session in 0..S {
             // The agent will learn of it when it commits: damage is no broken promise.
             let lease = state.sessions[session].lease();
-            if !self.shape.copies_of(chunk).any(|copy| self.usable(&state.blocks[copy], lease)) {
+            if !self.shape.copies_of(chunk).any(|copy| self.usable(state.blocks[copy], lease)) {
                 state.sessions[session].relies_on &= !(1 << chunk);
             }
         }
@@ -367,15 +357,14 @@ impl<const B: usize, const S: usize> Model<B, S> {
 
     /// What a block is once the catalog says `row` of it.
     fn after_loss(&self, now: BlockCode, row: BlockCode) -> BlockCode {
-        let wins = self.keeps(Rule::JournalWins);
         match now {
             BlockCode::Absent => BlockCode::Absent,
-            BlockCode::Journalled | BlockCode::Freed | BlockCode::Withdrawn if wins => now,
-            // PACK.state is not asked, or says nothing, and the body is gone.
-            BlockCode::Freed | BlockCode::Unjournalled if row == BlockCode::Live => BlockCode::Hollow,
-            BlockCode::Freed | BlockCode::Unjournalled => now,
-            BlockCode::Withdrawn if row == BlockCode::Live => BlockCode::Hollow,
-            BlockCode::Withdrawn => now,
+            BlockCode::Journalled | BlockCode::Freed | BlockCode::Withdrawn if self.keeps(Rule::JournalWins) => now,
+            // PACK.state is not asked, or says nothing, and the body is gone or wrong.
+            BlockCode::Freed | BlockCode::Unjournalled | BlockCode::Withdrawn if row == BlockCode::Live => {
+                BlockCode::Hollow
+            }
+            BlockCode::Freed | BlockCode::Unjournalled | BlockCode::Withdrawn => now,
             _ => row,
         }
     }
@@ -424,6 +413,16 @@ fn flag<const B: usize, const S: usize>(state: &mut State<B, S>, blocks: u16) {
     if let Gc::Enumerated { log, .. } = &mut state.gc {
         *log |= there;
     }
+}
+
+/// The transaction that makes condemned blocks live for a commit; then its check begins again.
+fn revive<const B: usize, const S: usize>(state: &mut State<B, S>, at: usize) {
+    for block in bits(state.sessions[at].revive) {
+        if state.blocks[block].code == BlockCode::Condemned {
+            state.blocks[block].code = BlockCode::Live;
+        }
+    }
+    state.sessions[at].rest();
 }
 
 fn punch(block: &mut Block) {

@@ -37,6 +37,10 @@ impl<const B: usize, const S: usize> Model<B, S> {
                 (block.flagged, block.flagged_on_disk) = (false, false);
             }
         }
+        if state.gc == Gc::Sweeping && !self.shape.long_runs && !state.blocks.iter().copied().any(is_condemned) {
+            // There is nothing to free: it ends.
+            state.gc = Gc::Idle;
+        }
         // All flags of unmarked trees fall, listed or logged: what was listed when makes no difference.
         let all_fall = self.keeps(Rule::UnmarkedAreUnflagged) && self.keeps(Rule::LateFlagsFall);
         let unmarked = |needed: u16| (0..B).filter(move |at| !has(needed, self.shape.chunk_of(*at)));
@@ -48,7 +52,7 @@ impl<const B: usize, const S: usize> Model<B, S> {
             _ => {}
         }
         let live = (0..B).filter(|at| state.blocks[*at].code == BlockCode::Live).fold(0, |set, at| set | 1 << at);
-        let condemned = (0..B).filter(|at| is_condemned(&state.blocks[*at])).fold(0, |set, at| set | 1 << at);
+        let condemned = (0..B).filter(|at| is_condemned(state.blocks[*at])).fold(0, |set, at| set | 1 << at);
         let there = self.keeps(Rule::CondemnOnlyWhatWasThere);
         if let Gc::Walked { condemn, revive, .. } | Gc::Enumerated { condemn, revive, .. } = &mut state.gc {
             // What has been revived by a commit meanwhile is condemned again at worst; a live block is not revived.
@@ -67,12 +71,11 @@ impl<const B: usize, const S: usize> Model<B, S> {
 
     /// Gives epochs the smallest numbers that compare alike.
     pub(crate) fn renumber(&self, state: &mut State<B, S>) {
-        let mut epochs: [u8; B] = state.blocks.map(|block| if is_condemned(&block) { block.epoch } else { 0 });
+        let mut epochs: [u8; B] = state.blocks.map(|block| if is_condemned(block) { block.epoch } else { 0 });
         let mut leases: [u8; S] = state.sessions.map(|session| session.lease);
         // Without these rules an epoch may matter to leases that are yet to come.
         let exact = self.keeps(Rule::EpochMovesOn) && self.keeps(Rule::KnownUnderLeaseOnly);
-        state.epoch =
-            renumbered(&mut epochs, &state.blocks.map(|block| is_condemned(&block)), &mut leases, state.epoch, exact);
+        state.epoch = renumbered(&mut epochs, &state.blocks.map(is_condemned), &mut leases, state.epoch, exact);
         state.blocks.iter_mut().zip(epochs).for_each(|(block, epoch)| block.epoch = epoch);
         state.sessions.iter_mut().zip(leases).for_each(|(session, lease)| session.lease = lease);
         if self.shape.power_cuts {
@@ -95,7 +98,7 @@ impl<const B: usize, const S: usize> Model<B, S> {
     }
 }
 
-fn is_condemned(block: &Block) -> bool {
+fn is_condemned(block: Block) -> bool {
     block.code == BlockCode::Condemned
 }
 
@@ -126,8 +129,9 @@ fn renumbered<const B: usize, const S: usize>(
             }
             rank
         };
-        epochs.iter_mut().for_each(|epoch| *epoch = rank(*epoch));
-        leases.iter_mut().for_each(|lease| *lease = rank(*lease));
+        for epoch in epochs.iter_mut().chain(leases) {
+            *epoch = rank(*epoch);
+        }
         return rank(next);
     }
     let old = *leases;

@@ -31,7 +31,7 @@ impl<const B: usize, const S: usize> Model<B, S> {
             let usable = |chunk: &usize| {
                 self.shape.copies_of(*chunk).any(|at| {
                     matches!(state.blocks[at].code, BlockCode::Live | BlockCode::Condemned | BlockCode::Doomed)
-                        && self.usable(&state.blocks[at], session.lease())
+                        && self.usable(state.blocks[at], session.lease())
                 })
             };
             if bits(session.relies_on).any(|chunk| !usable(&chunk)) {

@@ -1,6 +1,6 @@
 //! Breadth-first over all states, and a random walk where there are too many.
 
-use std::collections::HashMap;
+use std::collections::HashSet;
 use std::hash::{BuildHasherDefault, Hasher};
 
 use super::state::{State, Violation};
@@ -46,7 +46,9 @@ impl Folding {
 
 impl Hasher for Folding {
     fn write(&mut self, bytes: &[u8]) {
-        bytes.iter().for_each(|byte| self.fold((*byte).into()));
+        for byte in bytes {
+            self.fold((*byte).into());
+        }
     }
 
     fn write_u8(&mut self, value: u8) {
@@ -72,12 +74,12 @@ impl Hasher for Folding {
 
 /// Explores every reachable state. Memory: the states, and 8 bytes for the way to each.
 pub fn explore<const B: usize, const S: usize>(model: &Model<B, S>) -> Result<Explored, History> {
-    let mut seen: HashMap<State<B, S>, (), BuildHasherDefault<Folding>> = HashMap::default();
+    let mut seen: HashSet<State<B, S>, BuildHasherDefault<Folding>> = HashSet::default();
     // The way to each state: where from, by which step.
     let mut ways: Vec<(u32, Action)> = Vec::new();
     let mut level: Vec<(State<B, S>, u32)> = Vec::new();
     let start = model.canonical(&model.start());
-    seen.insert(start, ());
+    seen.insert(start);
     ways.push((0, Action::Crash));
     level.push((start, 0));
     let (mut steps, mut depth, mut actions) = (0, 0, Vec::new());
@@ -90,7 +92,7 @@ pub fn explore<const B: usize, const S: usize>(model: &Model<B, S>) -> Result<Ex
                 let history = |violation| History { steps: way(&ways, *number, action), violation };
                 let next = model.apply(state, action).map_err(history)?;
                 let next = model.canonical(&next);
-                if seen.insert(next, ()).is_some() {
+                if !seen.insert(next) {
                     continue;
                 }
                 if let Some(violation) = model.broken(&next) {

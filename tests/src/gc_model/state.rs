@@ -213,7 +213,7 @@ impl<const B: usize, const S: usize> Model<B, S> {
     }
 
     /// The block as the server's predicate sees it; `None` if its index entries are gone.
-    fn seen(&self, block: &Block, lease: Option<u64>) -> Option<BlockState> {
+    fn seen(&self, block: Block, lease: Option<u64>) -> Option<BlockState> {
         Some(match block.code {
             BlockCode::Absent => return None,
             BlockCode::Live | BlockCode::Doomed | BlockCode::Hollow => BlockState::Live,
@@ -229,13 +229,13 @@ impl<const B: usize, const S: usize> Model<B, S> {
         })
     }
 
-    pub(crate) fn usable(&self, block: &Block, lease: Option<u64>) -> bool {
+    pub(crate) fn usable(&self, block: Block, lease: Option<u64>) -> bool {
         self.seen(block, lease).is_some_and(|seen| is_usable(seen, lease))
     }
 
     /// Whether one copy makes its chunk known: the server's own predicate.
     pub(crate) fn known(&self, state: &State<B, S>, at: usize, lease: Option<u64>) -> bool {
-        let block = &state.blocks[at];
+        let block = state.blocks[at];
         let kind = self.shape.chunks[self.shape.chunk_of(at)].kind;
         let complete = block.flagged || !self.keeps(Rule::TreesMustBeComplete);
         self.seen(block, lease).is_some_and(|block| is_known(CopyState { kind, complete, block }, lease))
@@ -250,7 +250,7 @@ impl<const B: usize, const S: usize> Model<B, S> {
             if self.known(state, at, lease) && !matches!(standing, Standing::Condemned(_)) {
                 standing = Standing::Condemned(at);
             }
-            if standing == Standing::Unknown && self.usable(&state.blocks[at], lease) {
+            if standing == Standing::Unknown && self.usable(state.blocks[at], lease) {
                 standing = Standing::Incomplete;
             }
         }
