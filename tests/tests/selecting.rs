@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
@@ -258,7 +258,7 @@ fn settings_leave_out_too_and_unknown_ones_are_errors() -> Result<()> {
 #[test]
 fn inode_and_ctime_may_be_ignored_and_the_time_may_be_said() -> Result<()> {
     let local = Local::new(&["a", "b"])?;
-    let old = std::time::SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(1_000_000_000);
+    let old = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000_000);
     for name in ["a", "b"] {
         fs::File::options().write(true).open(local.source.join(name))?.set_modified(old)?;
     }

@@ -22,21 +22,52 @@ const LOOK_UP: Duration = Duration::from_millis(200);
 
 /// Standard input.
 pub fn standard_input() -> Pipe {
-    pipe(io::stdin(), None)
+    let stop = Arc::new(AtomicBool::new(false));
+    Pipe { content: Box::new(Buffered::new(io::stdin(), None, Arc::clone(&stop))), stop }
 }
 
-/// Starts `words` and gives what it prints. The end of it is an error if the command fails.
+/// What the command `words` prints. It is started when its output is read for the first time; the end of the output is an
+/// error if the command fails.
 pub fn of_command(words: &[OsString]) -> anyhow::Result<Pipe> {
     let (program, arguments) = words.split_first().context("--stdin-from-command needs a command after `--`")?;
-    let name = program.to_string_lossy().into_owned();
     let mut command = Command::new(program);
     command.args(arguments).stdin(Stdio::null()).stdout(Stdio::piped());
-    let mut child = command.spawn().with_context(|| format!("cannot run {name}; nothing was saved"))?;
-    let stdout = child.stdout.take().context("the command has no output")?;
-    Ok(pipe(stdout, Some(Running { name, child })))
+    let stop = Arc::new(AtomicBool::new(false));
+    let output =
+        Output { name: program.to_string_lossy().into_owned(), command, stop: Arc::clone(&stop), running: None };
+    Ok(Pipe { content: Box::new(output), stop })
 }
 
-fn pipe(mut source: impl Read + Send + 'static, command: Option<Running>) -> Pipe {
+/// A command, and its output once it runs.
+struct Output {
+    name: String,
+    command: Command,
+    stop: Arc<AtomicBool>,
+    running: Option<Buffered>,
+}
+
+impl Output {
+    fn start(&mut self) -> io::Result<Buffered> {
+        let name = self.name.clone();
+        let failed = |error: io::Error| io::Error::new(error.kind(), format!("cannot run {name}: {error}"));
+        let mut child = self.command.spawn().map_err(failed)?;
+        let stdout = child.stdout.take().ok_or(io::ErrorKind::BrokenPipe)?;
+        Ok(Buffered::new(stdout, Some(Running { name: self.name.clone(), child }), Arc::clone(&self.stop)))
+    }
+}
+
+impl Read for Output {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let running = match self.running.take() {
+            Some(running) => running,
+            None => self.start()?,
+        };
+        self.running.insert(running).read(buffer)
+    }
+}
+
+/// Starts the thread that reads `source`.
+fn read_ahead(mut source: impl Read + Send + 'static) -> Receiver<io::Result<Vec<u8>>> {
     let (sender, buffers) = bounded(1);
     std::thread::spawn(move || {
         loop {
@@ -54,9 +85,7 @@ fn pipe(mut source: impl Read + Send + 'static, command: Option<Running>) -> Pip
             }
         }
     });
-    let stop = Arc::new(AtomicBool::new(false));
-    let content = Buffered { buffers, current: io::Cursor::default(), ended: false, command, stop: Arc::clone(&stop) };
-    Pipe { content: Box::new(content), stop }
+    buffers
 }
 
 /// A command, killed if nobody waits for its end.
@@ -89,6 +118,12 @@ struct Buffered {
     ended: bool,
     command: Option<Running>,
     stop: Arc<AtomicBool>,
+}
+
+impl Buffered {
+    fn new(source: impl Read + Send + 'static, command: Option<Running>, stop: Arc<AtomicBool>) -> Self {
+        Self { buffers: read_ahead(source), current: io::Cursor::default(), ended: false, command, stop }
+    }
 }
 
 impl Read for Buffered {
@@ -134,7 +169,8 @@ mod tests {
         assert!(run("echo some; exit 3").unwrap_err().to_string().contains("exit status: 3"));
         assert!(run("echo some; kill -9 $$").is_err());
         assert!(of_command(&[]).is_err());
-        assert!(of_command(&["/no/such/command".into()]).is_err());
+        let mut none = of_command(&["/no/such/command".into()]).unwrap();
+        assert!(none.content.read(&mut [0]).unwrap_err().to_string().contains("/no/such/command"));
     }
 
     #[test]
