@@ -123,14 +123,14 @@ impl Patience {
                 Err(RecvTimeoutError::Disconnected) => return None,
                 Err(RecvTimeoutError::Timeout) => {
                     self.state.lock().sweep();
-                    let bound = self.bound();
                     if self.is_closed() {
                         take(Err(FetchError::Lost { reason: "the mount has ended".to_owned() }));
                         return Some(fetched);
                     }
-                    if since(heard) >= bound {
+                    let waited = since(heard);
+                    if waited >= self.bound() {
                         self.repository.lost();
-                        take(Err(silent(bound)));
+                        take(Err(silent(waited)));
                         return Some(fetched);
                     }
                 }
@@ -171,8 +171,8 @@ fn since(moment: Instant) -> Duration {
     clock::now().saturating_duration_since(moment)
 }
 
-fn silent(bound: Duration) -> FetchError {
-    FetchError::Lost { reason: format!("nothing came for {} s", bound.as_secs()) }
+fn silent(waited: Duration) -> FetchError {
+    FetchError::Lost { reason: format!("nothing came for {} s", waited.as_secs()) }
 }
 
 /// The chunks of one snapshot for a tree reader, fetched with [`Patience`].
