@@ -12,12 +12,18 @@
 //! (and complete flags that were not synced), loss of the whole catalog, and power cuts that take back a suffix of the catalog's
 //! transactions while files (packs, PACK.state, manifests, tombstones) stay.
 //!
+//! **Shapes.** [`small`] has two sessions and two copies of everything; [`narrow`] has one of each, and power cuts, readers,
+//! more damage; [`moving`] has one session, two copies, and collections that move blocks and condemn in several transactions.
+//! These three are explored completely. [`large`] has all of it, three trees and three sessions, and is walked at random.
+//!
 //! **What is atomic.** Exactly what one transaction or one lock makes atomic in the server: a look at the standing of one tree's
 //! references, writing flags, each transaction. Between any two steps anything else may happen.
 //!
 //! **The rules** of the design are [`Rule`]s, each of which can be removed. With all of them, no reachable state breaks an
 //! invariant (`invariants.rs`); without any one of them (but those in [`Rule::REDUNDANT`]), some reachable state does, and the
 //! search returns the shortest history that leads there.
+//!
+//! **The predicate** is the server's own (`engine::known`): the model decides nothing about what is known by itself.
 //!
 //! **Why the numbers stay finite.** Counters are compared for equality with an earlier value only, so a counter is
 //! kept as "has it moved since?" in whoever remembers a value: `Session::fresh` for publications, [`Gc`] for commits. Epochs are

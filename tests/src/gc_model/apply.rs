@@ -256,12 +256,15 @@ impl<const B: usize, const S: usize> Model<B, S> {
         Gc::Enumerated { needed, condemn, revive, flagged: unmarked.fold(0, |set, at| set | 1 << at), log: 0 }
     }
 
-    /// The collection stores a block again as it is, and carries its flag over.
+    /// The collection stores a block again as it is; if its tree is flagged, all copies of it are from now on.
     fn copy(&self, state: &mut State<B, S>, at: usize) {
-        let room = self.shape.copies_of(self.shape.chunk_of(at)).find(|to| state.blocks[*to].code == BlockCode::Absent);
-        if let Some(to) = room {
-            state.blocks[to] = Block { code: BlockCode::Live, flagged: state.blocks[at].flagged, ..Block::default() };
+        let copies = || self.shape.copies_of(self.shape.chunk_of(at));
+        if let Some(to) = copies().find(|to| state.blocks[*to].code == BlockCode::Absent) {
+            state.blocks[to] = Block { code: BlockCode::Live, ..Block::default() };
             state.durable.blocks[to] = (BlockCode::Absent, 0);
+        }
+        if state.blocks[at].flagged {
+            flag(state, copies().fold(0, |set, copy| set | 1 << copy));
         }
     }
 

@@ -91,6 +91,9 @@ pub fn explore<const B: usize, const S: usize>(model: &Model<B, S>) -> Result<Ex
                 steps += 1;
                 let history = |violation| History { steps: way(&ways, *number, action), violation };
                 let next = model.apply(state, action).map_err(history)?;
+                if next == *state {
+                    continue;
+                }
                 let next = model.canonical(&next);
                 if !seen.insert(next) {
                     continue;
