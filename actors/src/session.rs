@@ -133,6 +133,9 @@ pub struct Session {
     waiting: Vec<oneshot::Sender<Message>>,
     committed: Option<(SnapshotId, Vec<u8>)>,
     ended_because: String,
+    /// Whether the end stands in the catalog, and who waits for that.
+    recorded: bool,
+    recording: Vec<oneshot::Sender<()>>,
     superseded: bool,
     full: bool,
     opened_ns: i64,
@@ -152,6 +155,8 @@ impl Session {
             waiting: Vec::new(),
             committed: None,
             ended_because: String::new(),
+            recorded: false,
+            recording: Vec::new(),
             superseded: false,
             full: false,
             opened_ns: clock::wall_ns(),
@@ -249,6 +254,11 @@ impl Session {
             if let Err(fault) = recorded {
                 warn!(session = %session.seed.id.short(), %fault, "the session's end could not be recorded");
             }
+            session.recorded = true;
+            for waiting in session.recording.drain(..) {
+                // Whoever asked may be gone.
+                let _ = waiting.send(());
+            }
             session.stop_when_alone(ctx);
         }));
         // Whoever is still connected then has been told how it ended; the catalog tells everybody else.
@@ -302,13 +312,24 @@ impl Session {
                 // What makes no snapshot ends in good order when it is finished; it says so with an empty reason.
                 let finished = self.seed.kind != SessionKind::Backup && abort.reason.is_empty();
                 self.feed(if finished { Input::Finish } else { Input::Abort(abort.reason) }, ctx);
-                std::future::ready(Message::SessionAborted).boxed_local()
+                self.aborted()
             }
             (_, other) => {
                 let text = format!("{} does not belong in this kind of session", other.name());
                 std::future::ready(refused(RefusalCode::Invalid, text)).boxed_local()
             }
         }
+    }
+
+    /// Answers when the end is recorded: from then on the session holds nothing back.
+    fn aborted(&mut self) -> ResponseFuture<Message> {
+        if self.recorded || self.machine.ended().is_none() {
+            return std::future::ready(Message::SessionAborted).boxed_local();
+        }
+        let (sender, receiver) = oneshot::channel();
+        self.recording.push(sender);
+        // A session that stops before has been recorded as far as it can be.
+        async move { receiver.await.map_or(Message::SessionAborted, |()| Message::SessionAborted) }.boxed_local()
     }
 
     fn query(&self, query: &QueryChunks) -> ResponseFuture<Message> {
