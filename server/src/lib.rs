@@ -13,6 +13,7 @@ pub mod engine;
 pub mod host;
 pub mod index;
 pub mod listener;
+pub mod maintenance;
 mod manage;
 pub mod pki;
 pub mod serve;

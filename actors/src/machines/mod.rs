@@ -11,10 +11,12 @@
 //! | [`stream::StreamMachine`] | the life of one data connection, to its orderly close | both sides |
 //! | [`session::SessionMachine`] | the life of one session, to its one terminal state | server's session |
 //! | [`fetch::FetchQueue`] | which block a restore is sent next, within the agent's credit | server's session |
+//! | [`maintenance::MaintenanceMachine`] | which job of maintenance runs next, and when | server's maintenance |
 //! | [`reconnect::Reconnect`] | when to try again after a failure, and when to give up | everyone who connects |
 
 pub mod fetch;
 pub mod gap_tracker;
+pub mod maintenance;
 pub mod reconnect;
 pub mod send_window;
 pub mod session;
