@@ -127,8 +127,9 @@ impl<S: ServerState> Administrator<S> {
             *sessions_by_state.entry(session.state.clone()).or_default() += 1;
         }
         let uptime = self.state.uptime();
-        let space = rustix::fs::statvfs(&self.data)
-            .map_err(|error| Failure::new(format!("cannot ask for the free space of {}: {error}", self.data.display())))?;
+        let space = rustix::fs::statvfs(&self.data).map_err(|error| {
+            Failure::new(format!("cannot ask for the free space of {}: {error}", self.data.display()))
+        })?;
         Ok(StatusReport {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             running: uptime.is_some(),

@@ -34,9 +34,7 @@ pub(super) async fn answer(engine: &Engine, request: RepositoryRequest) -> Resul
     match request {
         RepositoryRequest::List {} => list(engine).await,
         RepositoryRequest::Show { repository } => show(&*find(engine, repository.as_ref())?).await,
-        RepositoryRequest::Set { repository, settings } => {
-            set(&*find(engine, repository.as_ref())?, &settings).await
-        }
+        RepositoryRequest::Set { repository, settings } => set(&*find(engine, repository.as_ref())?, &settings).await,
         RepositoryRequest::Snapshots { repository, deleted } => {
             snapshots(&*find(engine, repository.as_ref())?, deleted).await
         }
@@ -176,8 +174,8 @@ async fn show(repository: &Repository) -> Result<RepositoryReply, Failure> {
 async fn set(repository: &Repository, changes: &BTreeMap<String, String>) -> Result<RepositoryReply, Failure> {
     let mut settings = repository.settings().await?;
     for (key, value) in changes {
-        settings = change_setting(&settings, key, value)
-            .map_err(|why| Failure::new(format!("{why}; nothing was changed")))?;
+        settings =
+            change_setting(&settings, key, value).map_err(|why| Failure::new(format!("{why}; nothing was changed")))?;
     }
     repository.set_settings(settings).await?;
     tracing::info!(tenant = %repository.tenant(), repository = %repository.file().name, ?changes, "settings changed");

@@ -123,7 +123,8 @@ mod tests {
 
     #[test]
     fn sizes_and_parts_are_read_as_people_write_them() {
-        for (text, size) in [("0", 0), ("7", 7), ("64M", 64 << 20), ("64MiB", 64 << 20), ("1kB", 1024), ("2T", 2 << 40)] {
+        for (text, size) in [("0", 0), ("7", 7), ("64M", 64 << 20), ("64MiB", 64 << 20), ("1kB", 1024), ("2T", 2 << 40)]
+        {
             assert_eq!(parse_size(text), Ok(size), "{text}");
         }
         for bad in ["", "M", "1X", "-1", "1.5M", "99999999999999999999", "99999999T"] {

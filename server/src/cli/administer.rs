@@ -8,6 +8,7 @@ use strandline_actors::runtime::clock;
 
 use super::{AgentCommand, Command, EXIT_NO_REPOSITORY, TenantCommand, TokenCommand, repositories};
 use crate::admin::repositories::RepositoryRequest;
+use crate::admin::values::RepositoryPath;
 use crate::admin::{AdminError, AdminHandler, AdminReply, AdminRequest, Administrator, Idle, ask, ask_engine};
 use crate::catalog::Catalog;
 use crate::config::Config;
@@ -21,9 +22,17 @@ use crate::tenancy::Tenancy;
 /// The administrator's request was refused.
 #[derive(Debug, thiserror::Error)]
 #[error("{message}")]
-pub(super) struct Refused {
+pub(crate) struct Refused {
     pub(super) exit_code: u8,
     message: String,
+}
+
+impl Refused {
+    /// There is no such repository.
+    pub(crate) fn no_repository(path: &RepositoryPath) -> Self {
+        let list = "`strand-server repository list` shows those that there are";
+        Self { exit_code: EXIT_NO_REPOSITORY, message: format!("there is no repository `{path}`; {list}") }
+    }
 }
 
 /// How often lock and socket are tried again.
@@ -44,7 +53,12 @@ pub(super) fn request(command: Command) -> anyhow::Result<Option<AdminRequest>> 
         Command::Gc(arguments) => Some(repositories::gc(arguments)),
         Command::Scrub(arguments) => Some(repositories::scrub(arguments)),
         Command::Status => Some(AdminRequest::Status {}),
-        Command::Init(_) | Command::Serve | Command::Completions { .. } => None,
+        Command::Init(_)
+        | Command::Serve
+        | Command::Completions { .. }
+        | Command::Catalog(_)
+        | Command::Repair(_)
+        | Command::Inspect(_) => None,
     })
 }
 
@@ -105,11 +119,7 @@ pub(super) fn ensure_repositories(data: &Path) -> anyhow::Result<()> {
     .into())
 }
 
-async fn with_repositories(
-    data: &Path,
-    lock: DirectoryLock,
-    request: RepositoryRequest,
-) -> anyhow::Result<AdminReply> {
+async fn with_repositories(data: &Path, lock: DirectoryLock, request: RepositoryRequest) -> anyhow::Result<AdminReply> {
     let engine = Engine::open_locked(data, lock, EngineOptions::default()).await?;
     let reply = ask_engine(&engine, request).await;
     engine.close().await?;

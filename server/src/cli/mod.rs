@@ -5,9 +5,11 @@
 
 mod administer;
 mod init;
+mod inspect;
 mod output;
 mod report;
 mod repositories;
+mod rescue;
 
 use std::ffi::OsString;
 use std::io::Write;
@@ -24,9 +26,13 @@ use tracing_subscriber::EnvFilter;
 
 use crate::config::{CONFIG_NAME, Config, LogFormat};
 use crate::engine::EngineError;
+use crate::rescue::{rebuild, repair};
 use crate::serve::{ServeOptions, serve};
 use crate::storage::StorageError;
+pub(crate) use administer::Refused;
+use inspect::InspectArguments;
 use repositories::{GcArguments, RepositoryCommand, ScrubArguments, SnapshotCommand};
+use rescue::{CatalogCommand, RepairArguments};
 
 /// Done.
 pub const EXIT_DONE: u8 = 0;
@@ -82,6 +88,13 @@ enum Command {
     Gc(GcArguments),
     /// Read stored blocks again and compare their digests.
     Scrub(ScrubArguments),
+    /// The catalog: derived from the storage.
+    #[command(subcommand)]
+    Catalog(CatalogCommand),
+    /// Repair packs, make the index anew, read everything. The server must not be running.
+    Repair(RepairArguments),
+    /// Show what is in a file of the storage, field by field. Needs no key and no lock.
+    Inspect(InspectArguments),
     /// Show what the server is doing.
     Status,
     /// Print a completion script for a shell.
@@ -197,6 +210,17 @@ fn execute(arguments: Arguments, out: &mut dyn Write, err: &mut dyn Write) -> an
             start_log(&config)?;
             in_runtime(serve(ServeOptions { data, config_path, config, lock_wait }))?;
         }
+        Command::Catalog(CatalogCommand::Rebuild) => {
+            administer::ensure_repositories(&data)?;
+            let rebuilt = in_runtime(rebuild::rebuild(&data, lock_wait))?;
+            return rescue::rebuilt(out, err, json, &rebuilt);
+        }
+        Command::Repair(RepairArguments { repository, dry_run }) => {
+            administer::ensure_repositories(&data)?;
+            let repaired = in_runtime(async { repair::repair(&data, repository.as_ref(), dry_run, lock_wait).await })?;
+            return rescue::repaired(out, json, &repaired);
+        }
+        Command::Inspect(arguments) => return inspect::inspect(out, json, &arguments),
         command => {
             let Some(request) = administer::request(command)? else { return Ok(EXIT_DONE) };
             let reply = in_runtime(administer::administer(&data, &config_path, lock_wait, request))?;
@@ -223,7 +247,7 @@ fn start_log(config: &Config) -> anyhow::Result<()> {
 }
 
 fn exit_code(error: &anyhow::Error) -> u8 {
-    if let Some(administer::Refused { exit_code, .. }) = error.downcast_ref() {
+    if let Some(Refused { exit_code, .. }) = error.downcast_ref() {
         return *exit_code;
     }
     let locked = matches!(error.downcast_ref(), Some(StorageError::Locked { .. }))
@@ -234,3 +258,6 @@ fn exit_code(error: &anyhow::Error) -> u8 {
 #[cfg(test)]
 #[path = "tests.rs"]
 mod tests;
+
+#[cfg(test)]
+mod repository_tests;

@@ -103,11 +103,14 @@ fn nonzero(report: Option<&Value>) -> String {
     let told = report.and_then(Value::as_object).into_iter().flatten().filter_map(|(key, value)| {
         let value = match value {
             Value::Array(list) => list.len() as u64,
-            _ if key.ends_with("_ns") => return value.as_i64().filter(|ns| *ns > 0).map(|ns| format!("{key} {}", date(ns))),
+            _ if key.ends_with("_ns") => {
+                return value.as_i64().filter(|ns| *ns > 0).map(|ns| format!("{key} {}", date(ns)));
+            }
             _ => value.as_u64()?,
         };
         let key = key.replace('_', " ");
-        (value > 0).then(|| if key.starts_with("bytes") { format!("{key} {}", size(value)) } else { format!("{key} {value}") })
+        (value > 0)
+            .then(|| if key.starts_with("bytes") { format!("{key} {}", size(value)) } else { format!("{key} {value}") })
     });
     let told: Vec<String> = told.collect();
     if told.is_empty() { "nothing to do".to_owned() } else { told.join(", ") }
@@ -140,13 +143,7 @@ fn list_snapshots(out: &mut dyn Write, snapshots: &[SnapshotSummary]) -> anyhow:
     table(out, &head, snapshots.iter().map(row).collect())
 }
 
-fn decided(
-    out: &mut dyn Write,
-    err: &mut dyn Write,
-    json: bool,
-    done: &[String],
-    kept: &[Kept],
-) -> anyhow::Result<u8> {
+fn decided(out: &mut dyn Write, err: &mut dyn Write, json: bool, done: &[String], kept: &[Kept]) -> anyhow::Result<u8> {
     if json {
         print_json(out, &json!({ "message_type": "decided", "done": done, "kept": kept }))?;
     } else {
@@ -198,7 +195,10 @@ fn jobs<R: Serialize>(
 fn collected(out: &mut dyn Write, report: &GcReport) -> anyhow::Result<bool> {
     let GcReport { snapshots, purged, chunks_needed, chunks_stored, bytes_live, .. } = report;
     let mut line = |what: &str, text: String| writeln!(out, "  {what:<14}{text}");
-    line("needed", format!("{} by {snapshots} snapshots; {chunks_needed} of {chunks_stored} chunks", size(*bytes_live)))?;
+    line(
+        "needed",
+        format!("{} by {snapshots} snapshots; {chunks_needed} of {chunks_stored} chunks", size(*bytes_live)),
+    )?;
     if *purged > 0 {
         line("purged", format!("{purged} deleted snapshots whose time was over"))?;
     }
@@ -236,7 +236,11 @@ fn scrubbed(out: &mut dyn Write, report: &ScrubSummary) -> anyhow::Result<bool> 
         writeln!(out, "  known damage  {} blocks, found earlier and not replaced yet", report.withdrawn_before)?;
     }
     if report.damaged_blocks > 0 {
-        writeln!(out, "  DAMAGED       {} blocks; each was withdrawn, the next backup of its data replaces it", report.damaged_blocks)?;
+        writeln!(
+            out,
+            "  DAMAGED       {} blocks; each was withdrawn, the next backup of its data replaces it",
+            report.damaged_blocks
+        )?;
         report.damaged.iter().try_for_each(|damaged| writeln!(out, "    {damaged}"))?;
     }
     if !report.affected.is_empty() {

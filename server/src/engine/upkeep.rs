@@ -103,11 +103,7 @@ impl Repository {
     }
 
     /// [`Repository::scrub`], and a note of how it ended. Being stopped leaves none.
-    pub async fn scrub_noted(
-        &self,
-        subset: ScrubSubset,
-        bytes_per_second: u64,
-    ) -> Result<ScrubSummary, EngineError> {
+    pub async fn scrub_noted(&self, subset: ScrubSubset, bytes_per_second: u64) -> Result<ScrubSummary, EngineError> {
         let outcome = self.scrub(subset, bytes_per_second).await.map(ScrubSummary::from);
         self.note(SCRUB_JOB, &outcome).await;
         outcome
