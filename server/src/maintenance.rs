@@ -1,5 +1,5 @@
-//! The actor that looks after repositories by itself: garbage collection (which purges deleted snapshots whose time is over)
-//! and scrubbing, each in its own interval, one job at a time on a server.
+//! The actor that looks after repositories by itself: their own retention policy, garbage collection (which purges deleted
+//! snapshots whose time is over) and scrubbing, each in its own interval, one job at a time on a server.
 //!
 //! Owns the decision what runs next (`machines::maintenance`) and the job that runs. Started with the server, ended by
 //! [`StopMaintenance`]: no job starts from then on, and the one that runs is ended by the engine when it closes. It must not
@@ -15,7 +15,7 @@ use strandline_messages::wire::manage::ScrubSubset;
 use strandline_messages::{RepositoryName, TenantName};
 
 use crate::engine::gc::GcOptions;
-use crate::engine::upkeep::{GC_JOB, SCRUB_JOB};
+use crate::engine::upkeep::{GC_JOB, RETENTION_JOB, RetentionSummary, SCRUB_JOB};
 use crate::engine::{Engine, EngineError, Repository};
 
 /// Settings, repositories and results are looked at at least so often.
@@ -28,7 +28,7 @@ const LOOK_SOON: Duration = Duration::from_millis(50);
 struct JobKey {
     tenant: TenantName,
     name: RepositoryName,
-    /// [`GC_JOB`] or [`SCRUB_JOB`].
+    /// [`RETENTION_JOB`], [`GC_JOB`] or [`SCRUB_JOB`].
     job: &'static str,
 }
 
@@ -144,7 +144,13 @@ async fn wanted(engine: Arc<Engine>) -> Result<Vec<(JobKey, Wanted)>, EngineErro
         let Ok(repository) = listed.repository else { continue };
         let settings = repository.settings().await?;
         let notes = repository.maintenance().await?;
-        for (job, every) in [(GC_JOB, settings.gc_every), (SCRUB_JOB, pieces(settings.scrub_every).0)] {
+        let retention_every = settings.retention.as_ref().map_or(Duration::ZERO, |_| settings.retention_every);
+        let intervals = [
+            (RETENTION_JOB, retention_every),
+            (GC_JOB, settings.gc_every),
+            (SCRUB_JOB, pieces(settings.scrub_every).0),
+        ];
+        for (job, every) in intervals {
             let note = notes.iter().find(|note| note.job == job);
             let last = note.map(|note| LastRun { finished_ns: note.finished_ns, failed: note.failed });
             let key = JobKey { tenant: listed.tenant.clone(), name: listed.name.clone(), job };
@@ -170,6 +176,7 @@ struct Ended {
 async fn run(engine: Arc<Engine>, key: JobKey) -> Ended {
     let failed = match engine.repository(&key.tenant, &key.name).await {
         Ok(repository) if key.job == GC_JOB => collect(&repository, &key).await,
+        Ok(repository) if key.job == RETENTION_JOB => retain(&repository, &key).await,
         Ok(repository) => scrub(&repository, &key).await,
         Err(error) => Err(error),
     };
@@ -203,6 +210,13 @@ async fn collect(repository: &Repository, key: &JobKey) -> Result<(), EngineErro
         live_bytes = report.bytes_live,
         "garbage collected"
     );
+    Ok(())
+}
+
+async fn retain(repository: &Repository, key: &JobKey) -> Result<(), EngineError> {
+    let RetentionSummary { snapshots, deleted, left } = repository.retain_noted().await?;
+    let JobKey { tenant, name, .. } = key;
+    tracing::info!(%tenant, repository = %name, snapshots, deleted, left, "retention policy applied");
     Ok(())
 }
 

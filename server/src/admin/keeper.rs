@@ -4,10 +4,10 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use strandline_actors::machines::retention::Policy;
 use strandline_messages::format::manifest::{ManifestV1, snapshot_id};
 use strandline_messages::format::receipt::ReceiptV1;
-use strandline_messages::wire::codec;
-use strandline_messages::wire::manage::{ScrubSubset, SnapshotTags};
+use strandline_messages::wire::manage::ScrubSubset;
 use strandline_messages::{SnapshotId, limits};
 
 use super::handler::Failure;
@@ -21,7 +21,7 @@ use crate::catalog::verified::MaintenanceRow;
 use crate::cli::EXIT_NO_REPOSITORY;
 use crate::engine::gc::GcOptions;
 use crate::engine::keeping::{Deleter, LeftAlone};
-use crate::engine::upkeep::{Listed, ScrubSummary};
+use crate::engine::upkeep::{Listed, ScrubSummary, tags_of_today};
 use crate::engine::{Engine, EngineError, Repository, Totals};
 
 /// Snapshots that are read at a time.
@@ -177,6 +177,9 @@ async fn set(repository: &Repository, changes: &BTreeMap<String, String>) -> Res
         settings =
             change_setting(&settings, key, value).map_err(|why| Failure::new(format!("{why}; nothing was changed")))?;
     }
+    if let Some(Err(why)) = settings.retention.as_ref().map(Policy::check) {
+        return Err(Failure::new(format!("{why}; no setting was changed")));
+    }
     repository.set_settings(settings).await?;
     tracing::info!(tenant = %repository.tenant(), repository = %repository.file().name, ?changes, "settings changed");
     show(repository).await
@@ -204,15 +207,14 @@ async fn snapshots(repository: &Repository, deleted: bool) -> Result<RepositoryR
 fn summary(row: &SnapshotRow) -> Option<SnapshotSummary> {
     let manifest = ManifestV1::decode(&row.manifest).ok()?;
     let receipt = ReceiptV1::decode(&row.receipt).ok()?;
-    let replaced = row.tags.as_ref().and_then(|tags| codec::decode::<SnapshotTags>("tags", tags).ok());
     Some(SnapshotSummary {
         id: snapshot_id(&row.manifest).to_string(),
         started_ns: manifest.started_ns,
         committed_ns: receipt.committed_ns,
         agent: receipt.agent.to_string(),
+        tags: tags_of_today(row, &manifest),
         host: manifest.host,
         job: manifest.job,
-        tags: replaced.map_or(manifest.tags, |tags| tags.tags),
         files: manifest.totals.files,
         bytes: manifest.totals.bytes,
         bytes_stored: manifest.totals.bytes_stored,

@@ -30,9 +30,9 @@ const CONNECTIONS_MAX: usize = 16;
 /// A connection on which nothing arrives, or nothing is taken, for this long is given up.
 const PROGRESS_TIMEOUT: Duration = Duration::from_secs(10);
 /// A client waits this long for the next byte of an answer.
-const ANSWER_TIMEOUT: Duration = Duration::from_mins(2);
+const ANSWER_TIMEOUT: Duration = if cfg!(test) { Duration::from_secs(2) } else { Duration::from_mins(2) };
 /// While the server is at work it says so this often, by a space in front of the answer.
-const ALIVE_EVERY: Duration = Duration::from_secs(15);
+const ALIVE_EVERY: Duration = if cfg!(test) { Duration::from_millis(100) } else { Duration::from_secs(15) };
 /// Longest path that a socket address holds, bytes, with room for the terminator.
 const SOCKET_PATH_BYTES_MAX: usize = 107;
 

@@ -124,29 +124,24 @@ fn requests_and_replies_read_back() {
     assert_eq!(serde_json::from_str::<AdminReply>(&text).unwrap(), reply);
 }
 
-/// Answers after ten minutes.
+/// Takes longer than a client waits for a byte.
 struct Slow;
 
 impl AdminHandler for Slow {
     async fn handle(&self, _: AdminRequest) -> AdminReply {
-        tokio::time::sleep(Duration::from_mins(10)).await;
+        tokio::time::sleep(Duration::from_secs(3)).await;
         AdminReply::Tenants { tenants: vec![] }
     }
 }
 
-#[tokio::test(start_paused = true)]
+#[tokio::test]
 async fn a_client_waits_for_as_long_as_the_server_says_that_it_is_at_work() {
     let data = tempfile::tempdir().unwrap();
     let socket = AdminSocket::bind(data.path()).unwrap();
-    let (list, began) = (AdminRequest::TenantList {}, clock_of_tokio());
+    let list = AdminRequest::TenantList {};
     let reply = tokio::select! {
         never = socket.serve(&Slow) => match never {},
         reply = ask(data.path(), &list) => reply,
     };
     assert_eq!(reply.unwrap(), AdminReply::Tenants { tenants: vec![] });
-    assert!(clock_of_tokio().duration_since(began) >= Duration::from_mins(10));
-}
-
-fn clock_of_tokio() -> tokio::time::Instant {
-    tokio::time::Instant::now()
 }

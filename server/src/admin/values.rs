@@ -5,6 +5,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use strandline_actors::machines::retention::{GroupBy, Policy};
 use strandline_messages::wire::manage::ScrubSubset;
 use strandline_messages::{RepositoryName, TenantName};
 
@@ -96,6 +97,16 @@ fn thousandths(percent: &str) -> Option<u32> {
 
 /// `settings` with `KEY=VALUE` changed. The error is for people.
 pub fn change_setting(settings: &RepositorySettings, key: &str, value: &str) -> Result<RepositorySettings, String> {
+    if let Some(rule) = key.strip_prefix("retention.") {
+        return change_policy(settings, rule, value);
+    }
+    if key == "retention" {
+        return if value == "none" {
+            Ok(RepositorySettings { retention: None, ..settings.clone() })
+        } else {
+            Err("`retention=none` removes the policy; its rules are set one by one, as in `retention.keep_daily=7`".to_owned())
+        };
+    }
     let mut object = serde_json::to_value(settings).map_err(|error| error.to_string())?;
     let Some(field) = object.get_mut(key) else {
         let keys: Vec<String> = object.as_object().into_iter().flatten().map(|(key, _)| key.clone()).collect();
@@ -113,6 +124,29 @@ pub fn change_setting(settings: &RepositorySettings, key: &str, value: &str) -> 
         return Err(refused(&"at most 100"));
     }
     Ok(changed)
+}
+
+/// `settings` with one rule of the policy changed. Lists are written with commas, several sets of tags with semicolons.
+fn change_policy(settings: &RepositorySettings, rule: &str, value: &str) -> Result<RepositorySettings, String> {
+    let default = || Policy { group_by: [GroupBy::Host, GroupBy::Job].into(), ..Policy::default() };
+    let policy = settings.retention.clone().unwrap_or_else(default);
+    let mut object = serde_json::to_value(policy).map_err(|error| error.to_string())?;
+    let list = |text: &str, separator: char| -> Vec<String> {
+        text.split(separator).filter(|item| !item.is_empty()).map(str::to_owned).collect()
+    };
+    let new = match rule {
+        "keep_ids" | "group_by" => Value::from(list(value, ',')),
+        "keep_tags" => Value::from(list(value, ';').iter().map(|set| Value::from(list(set, ','))).collect::<Vec<_>>()),
+        _ => value.parse::<u32>().map_or_else(|_| Value::from(value), Value::from),
+    };
+    if let Some(rules) = object.as_object_mut() {
+        rules.insert(rule.to_owned(), new);
+    }
+    let policy: Policy = serde_json::from_value(object).map_err(|error| format!("`retention.{rule}={value}`: {error}"))?;
+    if policy.group_by.contains(&GroupBy::Paths) {
+        return Err("a server cannot see paths: group by host, job or tags".to_owned());
+    }
+    Ok(RepositorySettings { retention: Some(policy), ..settings.clone() })
 }
 
 #[cfg(test)]
@@ -159,6 +193,28 @@ mod tests {
         ] {
             assert!(change_setting(&settings, key, value).is_err(), "{key}={value}");
         }
+    }
+
+    #[test]
+    fn a_policy_is_written_rule_by_rule() {
+        let settings = RepositorySettings::default();
+        let settings = change_setting(&settings, "retention.keep_daily", "7").unwrap();
+        let settings = change_setting(&settings, "retention.keep_within", "30d").unwrap();
+        let settings = change_setting(&settings, "retention.keep_tags", "a,b;c").unwrap();
+        let policy = settings.retention.clone().unwrap();
+        policy.check().unwrap();
+        assert_eq!(policy.keep_daily, "7".parse().unwrap());
+        assert_eq!(policy.keep_tags.len(), 2);
+        assert_eq!(policy.group_by, [GroupBy::Host, GroupBy::Job].into());
+        for (key, value) in [
+            ("retention.keep_daily", "many"),
+            ("retention.keep_forever", "1"),
+            ("retention.group_by", "host,paths"),
+            ("retention", "keep_daily"),
+        ] {
+            assert!(change_setting(&settings, key, value).is_err(), "{key}={value}");
+        }
+        assert_eq!(change_setting(&settings, "retention", "none").unwrap().retention, None);
     }
 
     #[test]

@@ -81,7 +81,11 @@ fn show(out: &mut dyn Write, details: &RepositoryDetails) -> anyhow::Result<()> 
     writeln!(out, "\nsettings (`repository set {repository} KEY=VALUE`)")?;
     let settings = serde_json::to_value(settings)?;
     for (key, value) in settings.as_object().into_iter().flatten() {
-        let value = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+        let value = match value {
+            Value::Null => "none".to_owned(),
+            Value::String(text) => text.clone(),
+            other => other.to_string(),
+        };
         writeln!(out, "  {key:<24}{value}")?;
     }
     writeln!(out, "\nmaintenance")?;

@@ -69,7 +69,8 @@ fn repositories_are_shown_and_set_in_a_server_and_in_a_local_directory() {
         for part in ["3days", "1 snapshots", "nothing was done yet"] {
             assert!(shown.out.contains(part), "{}", shown.out);
         }
-        for (wrong, part) in [("colour=red", "min_retention"), ("undelete=soon", "undelete"), ("undelete", "KEY=VALUE")] {
+        for (wrong, part) in [("colour=red", "min_retention"), ("undelete=soon", "undelete"), ("undelete", "KEY=VALUE")]
+        {
             let refused = strand_server(data, &["repository", "set", "home/main", wrong]);
             assert!(refused.code == EXIT_FAILED && refused.err.contains(part), "{}", refused.err);
         }

@@ -1,19 +1,31 @@
 //! The administrator's and the maintenance's view of a repository: every repository by name, jobs that leave a note of how they
 //! ended, and short forms of their reports.
 
+use jiff::tz::TimeZone;
 use serde::{Deserialize, Serialize};
+use strandline_actors::machines::retention::{PolicyError, Subject, Terms, Verdict};
 use strandline_actors::runtime::clock;
-use strandline_messages::wire::manage::{GcReport, ScrubReport, ScrubSubset};
+use strandline_messages::format::manifest::ManifestV1;
+use strandline_messages::format::receipt::ReceiptV1;
+use strandline_messages::wire::codec;
+use strandline_messages::wire::manage::{GcReport, ScrubReport, ScrubSubset, SnapshotTags};
 use strandline_messages::{RepositoryName, SnapshotId, TenantName};
 
 use super::gc::GcOptions;
+use super::keeping::Deleter;
 use super::{Arc, Engine, EngineError, Entry, Repository};
+use crate::catalog::snapshots::SnapshotRow;
 use crate::catalog::verified::MaintenanceRow;
 
 /// The job that collects garbage, in the catalog.
 pub const GC_JOB: &str = "gc";
 /// The job that reads blocks again, in the catalog.
 pub const SCRUB_JOB: &str = "scrub";
+
+/// The job that deletes what the repository's own policy does not keep, in the catalog.
+pub const RETENTION_JOB: &str = "retention";
+/// Snapshots that are read, and that are deleted, at a time.
+const PAGE: usize = 1000;
 
 /// A repository of the data directory.
 #[derive(Clone, Debug)]
@@ -45,6 +57,9 @@ pub struct ScrubSummary {
     pub oldest_ns: i64,
 }
 
+/// What is said of a deletion by the repository's own policy.
+const DELETED_BY_POLICY: &str = "the repository's retention policy does not keep it";
+
 impl From<ScrubReport> for ScrubSummary {
     fn from(report: ScrubReport) -> Self {
         Self {
@@ -57,6 +72,17 @@ impl From<ScrubReport> for ScrubSummary {
             oldest_ns: report.oldest_ns,
         }
     }
+}
+
+/// What the repository's own policy came to.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RetentionSummary {
+    /// Snapshots that were looked at.
+    pub snapshots: u64,
+    /// How many were deleted; they can be brought back for the undelete time.
+    pub deleted: u64,
+    /// How many no rule keeps and nobody may delete.
+    pub left: u64,
 }
 
 impl Engine {
@@ -109,6 +135,41 @@ impl Repository {
         outcome
     }
 
+    /// Deletes what the repository's own policy does not keep, and notes how that ended. Without a policy nothing is deleted.
+    /// Memory in proportion to the number of snapshots.
+    pub async fn retain_noted(&self) -> Result<RetentionSummary, EngineError> {
+        let outcome = self.retain().await;
+        self.note(RETENTION_JOB, &outcome).await;
+        outcome
+    }
+
+    async fn retain(&self) -> Result<RetentionSummary, EngineError> {
+        let settings = self.settings().await?;
+        let mut summary = RetentionSummary::default();
+        let Some(policy) = settings.retention else { return Ok(summary) };
+        let (mut subjects, mut after) = (Vec::new(), 0);
+        loop {
+            let page = self.snapshots(after, PAGE).await?;
+            let Some(last) = page.last() else { break };
+            after = last.place;
+            subjects.extend(page.iter().filter_map(subject));
+        }
+        summary.snapshots = subjects.len() as u64;
+        let (now_ns, min_retention) = (clock::wall_ns(), settings.min_retention);
+        let terms = Terms { now_ns, min_retention, zone: TimeZone::system() };
+        let unusable = |error: PolicyError| EngineError::BadPolicy { reason: error.to_string() };
+        let groups = policy.decide(subjects, &terms).map_err(unusable)?;
+        let decisions = groups.into_iter().flat_map(|group| group.decisions);
+        let removed: Vec<SnapshotId> =
+            decisions.filter(|decision| decision.verdict == Verdict::Remove).map(|decision| decision.id).collect();
+        for ids in removed.chunks(PAGE) {
+            let left = self.delete_snapshots(ids, Deleter::Server, DELETED_BY_POLICY).await?;
+            summary.left += left.len() as u64;
+            summary.deleted += ids.len().saturating_sub(left.len()) as u64;
+        }
+        Ok(summary)
+    }
+
     /// Writes down how a job ended. What cannot be written down is done again sooner, which does no harm.
     async fn note<T: Serialize + Sync>(&self, job: &str, outcome: &Result<T, EngineError>) {
         let (failed, report) = match outcome {
@@ -121,4 +182,25 @@ impl Repository {
             tracing::warn!(job, %error, "the end of a job of maintenance could not be noted");
         }
     }
+}
+
+/// A snapshot as a policy sees it; none if its row cannot be read, which no row of ours is: what cannot be judged is kept.
+fn subject(row: &SnapshotRow) -> Option<Subject> {
+    let manifest = ManifestV1::decode(&row.manifest).ok()?;
+    let receipt = ReceiptV1::decode(&row.receipt).ok()?;
+    Some(Subject {
+        id: receipt.snapshot,
+        time_ns: receipt.committed_ns,
+        tags: tags_of_today(row, &manifest),
+        host: manifest.host,
+        job: manifest.job,
+        paths: Vec::new(),
+        protected: row.protected,
+    })
+}
+
+/// A snapshot's tags: those that replaced the manifest's, if any did.
+pub(crate) fn tags_of_today(row: &SnapshotRow, manifest: &ManifestV1) -> Vec<String> {
+    let replaced = row.tags.as_ref().and_then(|tags| codec::decode::<SnapshotTags>("tags", tags).ok());
+    replaced.map_or_else(|| manifest.tags.clone(), |tags| tags.tags)
 }
