@@ -326,6 +326,8 @@ impl Handler<FinishDispatch> for Fetcher {
     fn handle(&mut self, _: FinishDispatch, _: &mut Context<Self>) -> Self::Result {
         let (sender, receiver) = oneshot::channel();
         self.finishing.push(sender);
+        // Whoever still waits for blocks has been given up by the owner; what it holds is let go of.
+        self.fail_all("the session is being closed");
         self.pool.drain();
         self.finish_when_closed();
         async move { receiver.await.unwrap_or(()) }.boxed_local()

@@ -27,7 +27,7 @@ use tokio::sync::Notify;
 use crate::backup::ports::{BlockSealer, BlockSink, DiscardingSink, NullSealer, Ports};
 use crate::backup::progress::{Issue, Progress};
 use crate::backup::{BackupError, BackupPlan, CacheTrust, ChunkKeys, PassOutcome, run_pass};
-use crate::cache::{CacheIdentity, CacheReader, PendingCache};
+use crate::cache::{CacheIdentity, CacheReader, Ignoring, PendingCache};
 use crate::keys::Keyset;
 use crate::net::{Client, ClientError, NetworkOracle, SessionSettings, WindowSink};
 use crate::seal::{DataKey, ManifestFields, SealError, Sealer, sign_manifest};
@@ -98,6 +98,10 @@ pub struct BackupRequest {
     pub session: SessionSettings,
     /// Read everything, whatever the file cache says.
     pub force: bool,
+    /// What the file cache does not compare.
+    pub ignoring: Ignoring,
+    /// Time of the snapshot, ns since 1970; `None`: now.
+    pub time_ns: Option<i64>,
     /// Send and store nothing.
     pub dry_run: bool,
     /// zstd level.
@@ -150,15 +154,22 @@ impl JobView {
         self.ended.notify_one();
     }
 
+    /// Why the session was lost, if it was.
+    pub(crate) fn take_fault(&self) -> Option<String> {
+        self.fault.lock().take()
+    }
+
     fn is_interrupted(&self) -> bool {
         self.interrupted.load(Ordering::Relaxed)
     }
 }
 
 /// See the module.
-struct Job {
-    view: Arc<JobView>,
-    budget: ByteBudget,
+pub(crate) struct Job {
+    /// Learns why the session is lost.
+    pub(crate) view: Arc<JobView>,
+    /// Closed then, so that nobody waits for room any more.
+    pub(crate) budget: ByteBudget,
 }
 
 impl Actor for Job {
@@ -275,7 +286,8 @@ impl Run<'_> {
         let cache = self.request.cache_directory.join(identity.file_name());
         let parent = if self.request.force { None } else { read_parent(&cache) };
         let mut trust = if self.request.force { CacheTrust::Ignore } else { CacheTrust::Trust };
-        let mut old = if self.request.force { None } else { CacheReader::open(&cache, identity) };
+        let old = if self.request.force { None } else { CacheReader::open(&cache, identity) };
+        let mut old = old.map(|old| old.ignoring(self.request.ignoring));
         let mut earlier = Totals::default();
         for _ in 0..PASSES_MAX {
             let outcome = self.pass(&data_key, (cache.clone(), identity), old, trust).await?;
@@ -287,8 +299,8 @@ impl Run<'_> {
                 root: outcome.root,
                 errors: outcome.errors_root,
                 parent,
-                started_ns,
-                finished_ns: clock::wall_ns(),
+                started_ns: self.request.time_ns.unwrap_or(started_ns),
+                finished_ns: self.request.time_ns.unwrap_or_else(clock::wall_ns),
                 job: String::new(),
                 host: self.request.host.clone(),
                 tags: self.request.tags.clone(),
@@ -311,7 +323,9 @@ impl Run<'_> {
 
     fn cache_identity(&self) -> CacheIdentity {
         use std::os::unix::ffi::OsStrExt;
-        let paths: Vec<_> = self.request.plan.paths.iter().map(|path| path.as_os_str().as_bytes().to_vec()).collect();
+        let plan = &self.request.plan;
+        let names = if plan.cached_as.is_empty() { &plan.paths } else { &plan.cached_as };
+        let paths: Vec<_> = names.iter().map(|path| path.as_os_str().as_bytes().to_vec()).collect();
         CacheIdentity::new(
             &self.repository.id,
             self.keyset.writer_certificate().domain(),
@@ -348,7 +362,7 @@ impl Run<'_> {
             let sink: &dyn BlockSink = if request.dry_run {
                 &discarding
             } else {
-                plan.cache = Some(cache);
+                plan.cache = Some(cache).filter(|_| plan.stream.is_none());
                 sink.as_ref()
             };
             let ports = Ports { oracle: Box::new(oracle), sink, sealers: &sealers };

@@ -226,11 +226,11 @@ async fn scrub(repository: &Repository, key: &JobKey) -> Result<(), EngineError>
     let report = repository.scrub_noted(ScrubSubset::Share { permille }, settings.scrub_bytes_per_second).await?;
     let (tenant, name) = (&key.tenant, &key.name);
     let (blocks, bytes) = (report.blocks, report.bytes);
-    if report.damaged_blocks == 0 {
+    if report.damaged_blocks + report.damaged_packs == 0 {
         tracing::info!(%tenant, repository = %name, blocks, bytes, "scrubbed");
     } else {
-        let (damaged, affected) = (report.damaged_blocks, report.affected.len());
-        tracing::error!(%tenant, repository = %name, blocks, bytes, damaged, affected, "scrubbed: damage was found and withdrawn; `strand-server repository show` names it, the next backups heal it");
+        let (damaged, packs, affected) = (report.damaged_blocks, report.damaged_packs, report.affected.len());
+        tracing::error!(%tenant, repository = %name, blocks, bytes, damaged, packs, affected, "scrubbed: damage was found and withdrawn; `strand-server repository show` names it, the next backups heal it");
     }
     Ok(())
 }

@@ -113,17 +113,18 @@ async fn carry_out(repository: &Repository, peer: &Peer, operation: Operation) -
             let rate = if is_embedded(peer) { 0 } else { settings.scrub_bytes_per_second };
             repository.scrub(subset, rate).await.map(Outcome::Scrubbed).map_err(|error| refusal(&error))
         }
-        Operation::ListPartlyDead { limit } => {
-            let blocks = repository.partly_dead(limit as usize).await.map_err(|error| refusal(&error))?;
+        Operation::ListPartlyDead { skip, limit } => {
+            let blocks =
+                repository.partly_dead(skip as usize, limit as usize).await.map_err(|error| refusal(&error))?;
             Ok(Outcome::PartlyDead { blocks: within_a_frame(blocks) })
         }
         Operation::Supersede { blocks } => {
             let (pairs, _) = blocks.as_chunks::<8>();
-            repository.supersede(pairs.iter().map(|pair| {
+            let place = |pair: &[u8; 8]| {
                 let [a, b, c, d, e, f, g, h] = *pair;
                 (u32::from_le_bytes([a, b, c, d]), u32::from_le_bytes([e, f, g, h]))
-            }));
-            Ok(Outcome::Done)
+            };
+            done(repository.supersede(pairs.iter().map(place)).await)
         }
     }
 }

@@ -1,8 +1,10 @@
 //! What the whole-system tests are made of: nasty trees, an exact comparison, a proxy that cuts connections, and the
 //! real processes. Nothing here is part of the product.
 
+pub mod clock;
 pub mod compare;
 pub mod corpus;
+pub mod gc_model;
 pub mod mutate;
 pub mod process;
 pub mod proxy;

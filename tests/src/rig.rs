@@ -5,6 +5,7 @@
 
 use std::fs;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicU16, Ordering};
@@ -400,6 +401,31 @@ pub fn free_address() -> Result<SocketAddr> {
 pub fn not_run(reason: &str) {
     // There is nowhere else to say it.
     let _ = std::io::Write::write_all(&mut std::io::stderr(), format!("NOT RUN: {reason}\n").as_bytes());
+}
+
+/// The command, not started, as a user without privileges: user 65534 if this one is root. `None`, with a line that says
+/// so, where that is not possible.
+pub fn unprivileged(command: Command) -> Result<Option<Command>> {
+    if !rustix::process::geteuid().is_root() {
+        return Ok(Some(command));
+    }
+    let reachable = process::binary("strand")?
+        .ancestors()
+        .all(|directory| directory.metadata().is_ok_and(|metadata| metadata.permissions().mode() & 0o001 != 0));
+    if Command::new("setpriv").arg("--version").output().is_err() || !reachable {
+        not_run("no setpriv, or another user cannot reach the program");
+        return Ok(None);
+    }
+    let mut lowered = Command::new("setpriv");
+    lowered.args(["--reuid", "65534", "--regid", "65534", "--clear-groups", "--"]);
+    lowered.arg(command.get_program()).args(command.get_args());
+    for (name, value) in command.get_envs() {
+        match value {
+            Some(value) => lowered.env(name, value),
+            None => lowered.env_remove(name),
+        };
+    }
+    Ok(Some(lowered))
 }
 
 /// Whether the long campaigns are wanted (`STRAND_LONG=1`, set by `tests/run --long`).

@@ -172,7 +172,8 @@ fn every_file_of_the_golden_repository_is_shown_and_damage_is_told_with_its_plac
         let whole = one(&inspect(kind, name)?.expect_code(0)?)?;
         ensure!(whole["problems"] == serde_json::json!([]), "{name}: {whole}");
         let fields = whole["fields"].as_array().context("no fields")?;
-        for field in fields.iter().filter(|field| field["name"].as_str().is_some_and(|name| name.starts_with("block "))) {
+        for field in fields.iter().filter(|field| field["name"].as_str().is_some_and(|name| name.starts_with("block ")))
+        {
             let tree = field["value"].as_str().is_some_and(|value| value.starts_with("tree"));
             let place = format!("{name}@{}", field["offset"]);
             inspect(if tree { "tree" } else { "block" }, &place)?.expect_code(0)?;
@@ -185,7 +186,10 @@ fn every_file_of_the_golden_repository_is_shown_and_damage_is_told_with_its_plac
         let bad = scratch.path().join("bad");
         fs::write(&bad, bytes)?;
         let told = one(&inspect(kind, bad.to_str().context("name")?)?.expect_code(1)?)?;
-        ensure!(told["problems"][0]["offset"].as_u64().is_some_and(|at| at <= fs::metadata(&bad).map_or(0, |m| m.len())), "{told}");
+        ensure!(
+            told["problems"][0]["offset"].as_u64().is_some_and(|at| at <= fs::metadata(&bad).map_or(0, |m| m.len())),
+            "{told}"
+        );
     }
     ensure!(kinds.len() == 5 && blocks > 2, "{kinds:?}, {blocks} blocks");
     let wrong = administer(scratch.path(), &golden, &["inspect", "pack", "/nowhere"])?.expect_code(1)?;

@@ -8,7 +8,7 @@ use std::process::Command;
 use anyhow::{Context, Result, ensure};
 use strandline_tests::process::{self, Process};
 use strandline_tests::random::Random;
-use strandline_tests::rig::{Agent, PATIENCE, Rig, is_long, not_run, random_files};
+use strandline_tests::rig::{Agent, PATIENCE, Rig, is_long, not_run, random_files, unprivileged};
 
 /// A file system in memory with a limit; unmounted when dropped.
 struct SmallDisk(PathBuf);
@@ -207,28 +207,7 @@ fn s38_what_may_not_be_read_is_named_and_everything_else_is_saved() -> Result<()
     fs::set_permissions(source.join("file-0002"), PermissionsExt::from_mode(0o000))?;
     fs::set_permissions(source.join("closed"), PermissionsExt::from_mode(0o000))?;
 
-    let mut command = agent.backup_command(&source, &[])?;
-    if rustix::process::geteuid().is_root() {
-        let mut lowered = Command::new("setpriv");
-        lowered.args(["--reuid", "65534", "--regid", "65534", "--clear-groups", "--"]);
-        lowered.arg(command.get_program()).args(command.get_args());
-        for (name, value) in command.get_envs() {
-            if let Some(value) = value {
-                lowered.env(name, value)
-            } else {
-                lowered.env_remove(name)
-            };
-        }
-        let found = Command::new("setpriv").arg("--version").output();
-        let reachable = process::binary("strand")?
-            .ancestors()
-            .all(|directory| directory.metadata().is_ok_and(|metadata| metadata.permissions().mode() & 0o001 != 0));
-        if found.is_err() || !reachable {
-            not_run("no setpriv, or another user cannot reach the program");
-            return Ok(());
-        }
-        command = lowered;
-    }
+    let Some(mut command) = unprivileged(agent.backup_command(&source, &[])?)? else { return Ok(()) };
     let finished = process::run(&mut command, PATIENCE)?.expect_code(3)?;
     ensure_tells_of(&finished.stdout, &["file-0002", "closed"])?;
     let target = scratch.path().join("restored");

@@ -170,14 +170,19 @@ fn a_new_passphrase_replaces_the_old_one_and_a_kill_in_between_leaves_at_least_o
     let before = names()?;
     let mut running = Process::spawn(&mut change(&words[1], &words[2])?)?;
     let deadline = clock::now() + Duration::from_secs(20);
-    while names()?.is_subset(&before) && running.is_running() && clock::now() < deadline {
+    loop {
+        let now = names()?;
+        if !now.is_subset(&before) {
+            break;
+        }
+        ensure!(now == before, "the old slot went before the new one came");
+        ensure!(running.is_running() && clock::now() < deadline, "no new slot: {}", running.output());
         std::thread::yield_now();
     }
     running.kill();
-    let (old_slots, now) = (before, names()?);
-    ensure!(!now.is_subset(&old_slots), "the new slot was never there");
+    let now = names()?;
     agent.run(&["snapshots", "--password-file", &words[2]])?.expect_code(0)?;
-    let old_code = if old_slots.is_subset(&now) { 0 } else { 12 };
+    let old_code = if before.is_subset(&now) { 0 } else { 12 };
     agent.run(&["snapshots", "--password-file", &words[1]])?.expect_code(old_code)?;
     process::run(&mut change(&words[2], &words[3])?, PATIENCE)?.expect_code(0)?;
     Ok(())

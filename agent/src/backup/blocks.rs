@@ -67,7 +67,8 @@ pub struct OpenBlock {
 }
 
 impl OpenBlock {
-    fn new(kind: ChunkKind) -> Self {
+    /// Empty.
+    pub fn new(kind: ChunkKind) -> Self {
         Self { kind, rows: Vec::new(), plaintext: Vec::new(), lengths: Vec::new(), table_bytes: 0 }
     }
 
@@ -89,14 +90,16 @@ impl OpenBlock {
         ChunkId::LEN + if self.kind == ChunkKind::Tree { 2 + references * REFERENCE_BYTES } else { 0 }
     }
 
-    fn has_room(&self, bytes: usize, references: usize, plaintext_max: usize) -> bool {
+    /// Whether a chunk of `bytes` with so many references fits in, too; the first always does. `plaintext_max`: bytes.
+    pub fn has_room(&self, bytes: usize, references: usize, plaintext_max: usize) -> bool {
         self.rows.is_empty()
             || self.plaintext.len() + bytes <= plaintext_max
                 && self.rows.len() < limits::BLOCK_CHUNKS_MAX
                 && self.table_bytes + self.row_bytes(references) <= limits::BLOCK_TABLE_BYTES_MAX
     }
 
-    fn push(&mut self, id: ChunkId, references: Vec<Reference>, plaintext: &[u8]) {
+    /// Appends a chunk.
+    pub fn push(&mut self, id: ChunkId, references: Vec<Reference>, plaintext: &[u8]) {
         self.table_bytes += self.row_bytes(references.len());
         self.rows.push(ChunkRow { id, references });
         self.plaintext.extend_from_slice(plaintext);

@@ -6,6 +6,7 @@ use crossbeam_channel::Receiver;
 use strandline_messages::format::tree::{Hole, Xattr};
 use strandline_messages::ids::ChunkId;
 
+use super::stream::Pipe;
 use crate::cache::FilePiece;
 use crate::scan::dir::Dir;
 use crate::scan::meta::Meta;
@@ -57,6 +58,8 @@ pub enum NodeContent {
     Target(Vec<u8>),
     /// The bytes of a small file.
     Inline(Vec<u8>),
+    /// Whatever comes through the pipe, still to be read.
+    Pipe(Pipe),
     /// Chunks, from the file cache.
     Pieces(Vec<FilePiece>),
     /// A content list, from the file cache.
@@ -90,7 +93,7 @@ impl Step {
     pub fn needs_reading(&self) -> bool {
         match self {
             Self::Enter(node) | Self::Node(node) => {
-                matches!(node.content, NodeContent::Unread | NodeContent::SameInode)
+                matches!(node.content, NodeContent::Unread | NodeContent::SameInode | NodeContent::Pipe(_))
             }
             Self::Leave | Self::Problem { .. } => false,
         }

@@ -13,16 +13,18 @@
 //! the sink. Blocks of trees are sealed by one thread, so that children are always sent before their parents.
 
 mod assemble;
-mod blocks;
+pub(crate) mod blocks;
 mod feed;
 mod items;
 pub mod ports;
 pub mod progress;
 mod reader;
 mod run;
+mod stream;
 mod trees;
 
 pub use self::run::{BackupPlan, CacheTrust, ChunkKeys, PassOutcome, run_pass};
+pub use self::stream::{Pipe, StreamSource};
 
 /// Why a backup cannot go on.
 #[derive(Debug, thiserror::Error)]
@@ -54,6 +56,9 @@ pub enum BackupError {
         /// Answers.
         answered: usize,
     },
+    /// What was to be read from a pipe is not complete.
+    #[error("{0}; no snapshot was made, earlier ones are intact")]
+    Stream(String),
     /// Whoever asks, seals or sends has failed.
     #[error(transparent)]
     Port(Box<dyn std::error::Error + Send + Sync>),

@@ -17,7 +17,7 @@ pub trait ChunkOracle: Send {
 }
 
 /// An oracle that two threads share. An object of its own, so that borrowing it says nothing about what the oracle borrows.
-pub(super) trait SharedOracle: Sync {
+pub(crate) trait SharedOracle: Sync {
     /// [`ChunkOracle::query`].
     fn ask(&self, ids: Vec<ChunkId>) -> Result<Box<dyn QueryTicket>, BackupError>;
 }

@@ -16,6 +16,7 @@ use strandline_messages::ids::ChunkKind;
 use super::BackupError;
 use super::items::{Node, NodeContent, PART_BYTES, Part, Step};
 use super::progress::Progress;
+use super::stream::Pipe;
 use crate::cache::Identity;
 use crate::chunk::{Cutter, INLINE_BYTES};
 use crate::scan::dir::open_quietly;
@@ -72,6 +73,7 @@ impl<'a> FileReader<'a> {
             }
             Step::Node(node) => match node.content {
                 NodeContent::Unread => self.node(node, out)?,
+                NodeContent::Pipe(_) => self.pipe(node, out)?,
                 NodeContent::SameInode => self.with_xattrs(node, NodeContent::SameInode),
                 _ => Step::Node(node),
             },
@@ -168,6 +170,25 @@ impl<'a> FileReader<'a> {
         Ok(Ok(()))
     }
 
+    // Whatever goes wrong ends the backup.
+    fn pipe(&mut self, mut node: Box<Node>, out: PartSink<'_>) -> Result<Step, BackupError> {
+        let NodeContent::Pipe(pipe) = std::mem::replace(&mut node.content, NodeContent::Streamed) else {
+            return Ok(Step::Node(node));
+        };
+        let mut source = PipeSource { pipe, begun: Vec::new(), read: 0, failure: None };
+        let begun = source.begin();
+        if begun.is_ok() && source.begun.len() <= INLINE_BYTES {
+            node.content = NodeContent::Inline(std::mem::take(&mut source.begun));
+        } else if begun.is_err() || self.stream(&mut source, out)?.is_err() {
+            let failure = source.failure.map(|error| error.to_string()).unwrap_or_default();
+            return Err(BackupError::Stream(failure));
+        }
+        node.meta.size = source.read;
+        self.progress.files_read.add(1);
+        self.progress.bytes_read.add(source.read);
+        Ok(Step::Node(node))
+    }
+
     fn small(&mut self, source: &mut Source<'_>, node: &mut Node) -> Result<(), Errno> {
         self.reuse_buffer();
         let start = self.part.data.len();
@@ -193,7 +214,7 @@ impl<'a> FileReader<'a> {
         Ok(())
     }
 
-    fn stream(&mut self, source: &mut Source<'_>, out: PartSink<'_>) -> Result<Result<(), Errno>, BackupError> {
+    fn stream(&mut self, source: &mut dyn Bytes, out: PartSink<'_>) -> Result<Result<(), Errno>, BackupError> {
         self.reuse_buffer();
         let maximum = self.cutter.maximum();
         let mut start = self.part.data.len();
@@ -265,6 +286,63 @@ fn problem(node: &Node, message: String) -> Step {
     Step::Problem { path: node.place.parent.path_of(&node.name), message }
 }
 
+/// Bytes to be cut.
+trait Bytes {
+    /// Appends up to `wanted` bytes; 0 at the end.
+    fn append(&mut self, data: &mut Vec<u8>, wanted: usize) -> Result<usize, Errno>;
+}
+
+/// What comes through a pipe.
+struct PipeSource {
+    pipe: Pipe,
+    /// Read ahead, to see whether it is more than stands in a directory entry.
+    begun: Vec<u8>,
+    read: u64,
+    failure: Option<std::io::Error>,
+}
+
+impl PipeSource {
+    fn begin(&mut self) -> Result<(), Errno> {
+        let mut begun = Vec::new();
+        while begun.len() <= INLINE_BYTES && self.read_more(&mut begun, READ_BYTES)? > 0 {}
+        self.begun = begun;
+        Ok(())
+    }
+
+    fn read_more(&mut self, data: &mut Vec<u8>, wanted: usize) -> Result<usize, Errno> {
+        let start = data.len();
+        data.resize(start + wanted, 0);
+        let result = loop {
+            match self.pipe.content.read(data.get_mut(start..).unwrap_or_default()) {
+                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+                result => break result,
+            }
+        };
+        data.truncate(start + result.as_ref().map_or(0, |read| *read));
+        match result {
+            Ok(read) => {
+                self.read += read as u64;
+                Ok(read)
+            }
+            Err(error) => {
+                self.failure = Some(error);
+                Err(Errno::IO)
+            }
+        }
+    }
+}
+
+impl Bytes for PipeSource {
+    fn append(&mut self, data: &mut Vec<u8>, wanted: usize) -> Result<usize, Errno> {
+        if self.begun.is_empty() {
+            return self.read_more(data, wanted);
+        }
+        let begun = std::mem::take(&mut self.begun);
+        data.extend_from_slice(&begun);
+        Ok(begun.len())
+    }
+}
+
 /// The bytes of a file outside of its holes, up to the length it had when it was opened.
 struct Source<'a> {
     fd: BorrowedFd<'a>,
@@ -285,7 +363,31 @@ impl<'a> Source<'a> {
         Self { fd, offset: 0, size: meta.size, segment_end, holes: Vec::new(), read: 0 }
     }
 
-    // Appends up to `wanted` bytes; 0 at the end.
+    // Skips a hole, if there is one and it can be recorded.
+    fn next_segment(&mut self) {
+        self.segment_end = self.size;
+        if self.holes.len() >= HOLES_MAX {
+            return;
+        }
+        let data = match rustix::fs::seek(self.fd, SeekFrom::Data(self.offset)) {
+            Ok(data) => data.clamp(self.offset, self.size),
+            Err(Errno::NXIO) => self.size,
+            Err(_) => return,
+        };
+        if data > self.offset {
+            self.holes.push(Hole { offset: self.offset, bytes: data - self.offset });
+        }
+        self.offset = data;
+        if data < self.size
+            && let Ok(hole) = rustix::fs::seek(self.fd, SeekFrom::Hole(data))
+            && hole > data
+        {
+            self.segment_end = hole.min(self.size);
+        }
+    }
+}
+
+impl Bytes for Source<'_> {
     fn append(&mut self, data: &mut Vec<u8>, wanted: usize) -> Result<usize, Errno> {
         if self.offset >= self.segment_end && self.offset < self.size {
             self.next_segment();
@@ -313,28 +415,5 @@ impl<'a> Source<'a> {
         self.offset += read as u64;
         self.read += read as u64;
         result
-    }
-
-    // Skips a hole, if there is one and it can be recorded.
-    fn next_segment(&mut self) {
-        self.segment_end = self.size;
-        if self.holes.len() >= HOLES_MAX {
-            return;
-        }
-        let data = match rustix::fs::seek(self.fd, SeekFrom::Data(self.offset)) {
-            Ok(data) => data.clamp(self.offset, self.size),
-            Err(Errno::NXIO) => self.size,
-            Err(_) => return,
-        };
-        if data > self.offset {
-            self.holes.push(Hole { offset: self.offset, bytes: data - self.offset });
-        }
-        self.offset = data;
-        if data < self.size
-            && let Ok(hole) = rustix::fs::seek(self.fd, SeekFrom::Hole(data))
-            && hole > data
-        {
-            self.segment_end = hole.min(self.size);
-        }
     }
 }

@@ -21,12 +21,14 @@ use super::items::Ordered;
 use super::ports::{BlockSealer, BlockSink, ChunkOracle, Ports};
 use super::progress::Progress;
 use super::reader::FileReader;
+use super::stream::StreamSource;
 use crate::cache::{CacheIdentity, CacheReader, CacheWriter, PendingCache, file_system_clock};
 use crate::chunk::Cutter;
 use crate::scan::ScanEvent;
 use crate::scan::exclude::Excludes;
 use crate::scan::flush::Flusher;
 use crate::scan::list::{ListContext, Lookahead, work};
+use crate::scan::markers::Marker;
 use crate::scan::names::SpillPolicy;
 use crate::scan::roots::RootNode;
 use crate::scan::walk::{WalkPlan, Walker, identity_of};
@@ -45,8 +47,20 @@ const LISTINGS_QUEUED_MAX: usize = 64;
 pub struct BackupPlan {
     /// Paths, absolute or relative to the current directory.
     pub paths: Vec<PathBuf>,
+    /// What names the file cache in place of `paths`, if it is not empty: the paths may differ each time.
+    pub cached_as: Vec<PathBuf>,
     /// Exclude patterns (see [`crate::scan::exclude`]).
     pub excludes: Vec<String>,
+    /// The same without regard to case; they count as later ones.
+    pub iexcludes: Vec<String>,
+    /// Of a directory with one of these, only the marker is saved.
+    pub markers: Vec<Marker>,
+    /// Longer files are left out, bytes.
+    pub larger_than: Option<u64>,
+    /// Name of files in the source that say what to leave out around them ([`crate::scan::ignore_file`]).
+    pub ignore_file: Option<Vec<u8>>,
+    /// Save this one file, which comes through a pipe, instead of `paths`.
+    pub stream: Option<StreamSource>,
     /// Do not enter other file systems.
     pub one_file_system: bool,
     /// (device, inode) of what is never saved, such as the repository's directory ([`identity_of`]). The state
@@ -78,7 +92,13 @@ impl BackupPlan {
         let processors = thread::available_parallelism().map_or(2, usize::from);
         Self {
             paths,
+            cached_as: Vec::new(),
             excludes: Vec::new(),
+            iexcludes: Vec::new(),
+            markers: Vec::new(),
+            larger_than: None,
+            ignore_file: None,
+            stream: None,
             one_file_system: false,
             skip: Vec::new(),
             state_directory,
@@ -229,7 +249,10 @@ fn walk_plan(plan: &BackupPlan) -> Result<WalkPlan, BackupError> {
     skip.extend(identity_of(&plan.state_directory));
     Ok(WalkPlan {
         roots: RootNode::merge(&plan.paths, &current),
-        excludes: Excludes::new(&plan.excludes)?,
+        excludes: Excludes::with_insensitive(&plan.excludes, &plan.iexcludes)?,
+        markers: plan.markers.clone(),
+        larger_than: plan.larger_than,
+        ignore_file: plan.ignore_file.clone(),
         one_file_system: plan.one_file_system,
         skip,
     })
@@ -291,6 +314,9 @@ impl Pass<'_> {
             drop(listings);
             let oracle = &oracle;
             let feeder = move || {
+                if let Some(stream) = &self.plan.stream {
+                    return stream.feed(&jobs_sender, &ordered_sender);
+                }
                 let walker = open_walker(walk, self.context, lookahead)?;
                 Feeder::new(walker, old, trust, oracle, jobs_sender, ordered_sender).run(|| fault.stopped())
             };
@@ -311,7 +337,7 @@ impl Pass<'_> {
                 fault.record(spawn(scope, "seal", seal));
             }
             drop((data_blocks, tree_blocks));
-            if self.plan.estimate {
+            if self.plan.estimate && self.plan.stream.is_none() {
                 let over = &over;
                 fault.record(spawn(scope, "estimate", move || self.estimate(walk, over)));
             }

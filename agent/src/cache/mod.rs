@@ -88,10 +88,27 @@ pub fn file_system_clock(directory: &Path) -> std::io::Result<Timestamp> {
     Ok(stat_fd(file.as_fd())?.ctime)
 }
 
+/// What is not compared, on request: for file systems that change it by themselves.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Ignoring {
+    /// The inode number, and the ctime.
+    pub inode: bool,
+    /// The ctime; the mtime must be old enough instead.
+    pub ctime: bool,
+}
+
 /// Whether a record of a run that began at `started` may stand for the file that looks like `meta` now.
-pub fn counts(identity: &Identity, meta: &Meta, started: Timestamp) -> bool {
+pub fn counts(identity: &Identity, meta: &Meta, started: Timestamp, ignoring: Ignoring) -> bool {
     let settled = Timestamp { seconds: started.seconds.saturating_sub(SETTLED_SECONDS), nanos: started.nanos };
-    *identity == Identity::of(meta) && meta.ctime < settled
+    let mut now = Identity::of(meta);
+    if ignoring.inode {
+        now.inode = identity.inode;
+    }
+    if ignoring.inode || ignoring.ctime {
+        now.ctime = identity.ctime;
+        return *identity == now && meta.mtime < settled;
+    }
+    *identity == now && meta.ctime < settled
 }
 
 #[cfg(test)]

@@ -8,7 +8,7 @@ use strandline_messages::format::cursor::Decoder;
 use strandline_messages::format::tree::Timestamp;
 
 use super::record::{Key, Record};
-use super::{CacheIdentity, DIGEST_BYTES, MAGIC, RECORD_BYTES_MAX, VERSION, counts};
+use super::{CacheIdentity, DIGEST_BYTES, Ignoring, MAGIC, RECORD_BYTES_MAX, VERSION, counts};
 use crate::scan::meta::Meta;
 
 const BUFFER_BYTES: usize = 256 << 10;
@@ -19,6 +19,7 @@ const BUFFER_BYTES: usize = 256 << 10;
 pub struct CacheReader {
     file: BufReader<io::Take<File>>,
     started: Timestamp,
+    ignoring: Ignoring,
     /// The next record's bytes, if it has been read and not been used.
     record: Vec<u8>,
     loaded: bool,
@@ -58,7 +59,23 @@ impl CacheReader {
         let seconds = (seconds >> 1).cast_signed() ^ -((seconds & 1).cast_signed());
         let nanos = u32::try_from(varint(&mut file)?).map_err(io::Error::other)?;
         let started = Timestamp { seconds, nanos };
-        Ok(Self { file, started, record: Vec::new(), loaded: false, ended: false, matched: 0, unmatched: 0 })
+        Ok(Self {
+            file,
+            started,
+            ignoring: Ignoring::default(),
+            record: Vec::new(),
+            loaded: false,
+            ended: false,
+            matched: 0,
+            unmatched: 0,
+        })
+    }
+
+    /// Does not compare these.
+    #[must_use]
+    pub fn ignoring(mut self, ignoring: Ignoring) -> Self {
+        self.ignoring = ignoring;
+        self
     }
 
     /// When the run began that wrote this cache, by the file systems' clock.
@@ -119,7 +136,7 @@ impl CacheReader {
         let mut decoder = Decoder::new(&self.record, "file cache record");
         let record = Key::decode(&mut decoder).and_then(|_| Record::decode(&mut decoder));
         match record {
-            Ok(record) => counts(&record.identity, meta, self.started).then_some(record),
+            Ok(record) => counts(&record.identity, meta, self.started, self.ignoring).then_some(record),
             Err(error) => {
                 self.give_up(&error);
                 None

@@ -74,14 +74,14 @@ fn a_damaged_short_or_foreign_cache_is_ignored() {
 #[test]
 fn s54_a_record_counts_only_if_its_file_had_settled() {
     let at = |seconds, nanos| Meta { ctime: Timestamp { seconds, nanos }, ..meta(1) };
-    let same = |meta: &Meta| counts(&Identity::of(meta), meta, STARTED);
+    let same = |meta: &Meta| counts(&Identity::of(meta), meta, STARTED, Ignoring::default());
     assert!(same(&at(997, 999_999_999)));
     assert!(!same(&at(998, 0)));
     assert!(!same(&at(1000, 1)));
     assert!(!same(&at(5000, 0)), "the clock was set back");
     let other = Meta { size: 1, ..at(10, 0) };
-    assert!(!counts(&Identity::of(&at(10, 0)), &other, STARTED));
-    assert!(counts(&Identity::of(&at(10, 0)), &Meta { device: 77, ..at(10, 0) }, STARTED));
+    assert!(!counts(&Identity::of(&at(10, 0)), &other, STARTED, Ignoring::default()));
+    assert!(counts(&Identity::of(&at(10, 0)), &Meta { device: 77, ..at(10, 0) }, STARTED, Ignoring::default()));
 }
 
 #[test]

@@ -3,10 +3,22 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Args, Parser, Subcommand};
 use clap_complete::Shell;
 
+use super::backup::Backup;
+use super::diff::Diff;
+use super::dump::Dump;
+use super::find::Find;
+use super::forget::Forget;
 use super::key::Key;
+use super::ls::Ls;
+use super::protect::Protect;
+use super::restore::Restore;
+use super::snapshots::Snapshots;
+use super::stats::Stats;
+use super::tag::Tag;
+use super::undelete::Undelete;
 
 /// Fast, deduplicated, encrypted backups over parallel mutual-TLS streams.
 #[derive(Parser, Debug)]
@@ -67,13 +79,37 @@ pub enum Command {
     /// Make a repository (a directory makes itself at its first backup)
     Init,
     /// Save files and directories as a new snapshot
-    Backup(Backup),
+    Backup(Box<Backup>),
     /// List snapshots
     Snapshots(Snapshots),
+    /// Delete snapshots, those named or those that a policy does not keep
+    Forget(Box<Forget>),
+    /// Bring deleted snapshots back
+    Undelete(Undelete),
+    /// Change the tags of snapshots
+    Tag(Tag),
+    /// Keep snapshots from being deleted by anybody
+    Protect(Protect),
+    /// Let snapshots be deleted again
+    Unprotect(Protect),
     /// List the files of a snapshot
     Ls(Ls),
+    /// Find files in snapshots
+    Find(Find),
+    /// Show what differs between two snapshots
+    Diff(Diff),
+    /// Write a file, or a directory as an archive, to standard output
+    Dump(Dump),
+    /// Count what snapshots hold and what they cost
+    Stats(Stats),
     /// Restore a snapshot, or a part of it
     Restore(Restore),
+    /// Free what no snapshot needs any more
+    Prune(super::prune::Prune),
+    /// Verify what is stored
+    Check(super::check::Check),
+    /// Show snapshots as a read-only file system, until it is unmounted
+    Mount(super::mount::Mount),
     /// Show the repository and its server
     Status,
     /// Manage what opens the repository: passphrases, key files, recovery keys, keys for other machines
@@ -93,104 +129,19 @@ pub enum Command {
     },
 }
 
-/// `strand backup`.
-#[derive(Args, Debug)]
-pub struct Backup {
-    /// Files and directories to save
-    #[arg(required = true, value_name = "PATH")]
-    pub paths: Vec<PathBuf>,
-    /// Leave out what matches (`*.tmp`, `/var/cache`, `**/node_modules`); may be repeated
-    #[arg(short, long, value_name = "PATTERN")]
-    pub exclude: Vec<String>,
-    /// Tag of the snapshot; may be repeated or separated by commas
-    #[arg(long, value_name = "TAG", value_delimiter = ',')]
-    pub tag: Vec<String>,
-    /// Host label [default: this machine's host name]
-    #[arg(long)]
-    pub host: Option<String>,
-    /// Stay on the file systems of the given paths
-    #[arg(short = 'x', long)]
-    pub one_file_system: bool,
-    /// Parallel data streams, 1 to 64; the server may allow fewer
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
-    pub streams: Option<u16>,
-    /// Send at most so much per second, over all streams (`500K`, `10M`; bytes without a unit)
-    #[arg(long, value_name = "RATE", value_parser = bytes)]
-    pub limit_upload: Option<u64>,
-    /// Unacknowledged data that may be under way (`64M`)
-    #[arg(long, value_name = "SIZE", value_parser = bytes)]
-    pub window: Option<u64>,
-    /// Read every file, whatever the file cache says
-    #[arg(long)]
-    pub force: bool,
-    /// Send and store nothing; tell what would be
-    #[arg(short = 'n', long)]
-    pub dry_run: bool,
-}
-
-/// `strand snapshots`.
-#[derive(Args, Debug)]
-pub struct Snapshots {
-    /// Only snapshots of this host
-    #[arg(long)]
-    pub host: Option<String>,
-    /// Only snapshots with this tag; repeated: with all of them
-    #[arg(long, value_name = "TAG")]
-    pub tag: Vec<String>,
-    /// Only the newest N of each host and set of paths
-    #[arg(long, value_name = "N")]
-    pub latest: Option<usize>,
-}
-
-/// `strand ls`.
-#[derive(Args, Debug)]
-pub struct Ls {
-    /// An id or its beginning, `latest` or `latest~N`; then optionally `:PATH`
-    pub snapshot: String,
-    /// Mode, owner, size and time, too
-    #[arg(short, long)]
-    pub long: bool,
-}
-
-/// `strand restore`.
-#[derive(Args, Debug)]
-pub struct Restore {
-    /// An id or its beginning, `latest` or `latest~N`; then optionally `:PATH`
-    pub snapshot: String,
-    /// Directory to restore into; made if it does not exist
-    #[arg(short, long, value_name = "DIR")]
-    pub target: PathBuf,
-    /// Restore only what matches, and what lies below; may be repeated
-    #[arg(short, long, value_name = "PATTERN")]
-    pub include: Vec<String>,
-    /// Leave out what matches; may be repeated
-    #[arg(short, long, value_name = "PATTERN")]
-    pub exclude: Vec<String>,
-    /// What to do with files that exist; needed if the target is not empty
-    #[arg(long, value_enum, value_name = "WHEN")]
-    pub overwrite: Option<Overwrite>,
-    /// Read everything again afterwards and compare it with the snapshot
-    #[arg(long)]
-    pub verify: bool,
-    /// Parallel data streams, 1 to 64; the server may allow fewer
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
-    pub streams: Option<u16>,
-}
-
-/// `--overwrite`.
-#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Overwrite {
-    /// Replace files
-    Always,
-    /// Replace files whose size or modification time differs
-    IfChanged,
-    /// Leave whatever exists
-    Never,
-}
-
 fn duration(text: &str) -> Result<Duration, String> {
     let parsed: jiff::SignedDuration = text.parse().map_err(|error: jiff::Error| error.to_string())?;
     Duration::try_from(parsed).map_err(|_| "a time cannot be negative".to_owned())
+}
+
+/// A moment, ns since 1970: RFC 3339, or a date with or without a time in this machine's time zone.
+pub fn moment(text: &str) -> Result<i64, String> {
+    let here = |text: &str| -> Result<jiff::Timestamp, jiff::Error> {
+        Ok(text.parse::<jiff::civil::DateTime>()?.to_zoned(jiff::tz::TimeZone::system())?.timestamp())
+    };
+    let parsed = text.parse::<jiff::Timestamp>().or_else(|_| here(text));
+    let time = parsed.map_err(|_| format!("`{text}` is no time such as `2026-01-31 12:00:00`"))?;
+    i64::try_from(time.as_nanosecond()).map_err(|_| format!("`{text}` is too far away"))
 }
 
 /// Bytes with an optional binary unit: `4096`, `500K`, `10M`, `2G`.
@@ -220,6 +171,14 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn moments_are_local_unless_they_say_where() {
+        assert_eq!(moment("1970-01-01T00:00:01Z"), Ok(1_000_000_000));
+        assert_eq!(moment("1970-01-02T01:00:00+01:00"), Ok(86_400_000_000_000));
+        assert!(moment("2026-01-31 12:00:00").is_ok() && moment("2026-01-31").is_ok());
+        assert!(moment("yesterday").is_err());
     }
 
     #[test]

@@ -8,31 +8,88 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use anyhow::{Context, bail};
+use clap::Args;
 use serde::Serialize;
+use strandline_actors::runtime::clock;
 use strandline_messages::format::manifest::DetailsV1;
+use strandline_messages::format::tree::Timestamp;
 use strandline_messages::limits;
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::Fate;
-use super::args::{self, Backup, Global};
+use super::args::{self, Global};
+use super::lists::PathLists;
 use super::output;
+use super::pipe;
 use super::progress::{Snapshot, shown};
 use super::repository::{Opened, host_name};
 use super::secrets;
+use super::selection::Selection;
 use super::settings::Place;
-use crate::backup::BackupPlan;
+use crate::backup::{BackupPlan, StreamSource};
+use crate::cache::Ignoring;
 use crate::job::{BackupReport, BackupRequest, JobView, run_backup};
 use crate::net::SessionSettings;
 use crate::scan::walk::identity_of;
 
 const STREAMS: u16 = 4;
-const WINDOW_BYTES: u64 = 64 << 20;
-const ZSTD_LEVEL: i32 = 3;
+pub(super) const WINDOW_BYTES: u64 = 64 << 20;
+pub(super) const ZSTD_LEVEL: i32 = 3;
+
+/// `strand backup`.
+#[derive(Args, Debug)]
+pub struct Backup {
+    /// Files and directories to save; with --stdin-from-command: the command, after `--`
+    #[arg(value_name = "PATH")]
+    pub paths: Vec<PathBuf>,
+    /// Lists of paths.
+    #[command(flatten)]
+    pub lists: PathLists,
+    /// Save standard input as a file of this name
+    #[arg(long, value_name = "NAME")]
+    pub stdin_filename: Option<PathBuf>,
+    /// Save what the command after `--` prints, if it succeeds, as the file of --stdin-filename [default: stdin]
+    #[arg(long, conflicts_with_all = ["files_from", "files_from_verbatim", "files_from_raw"])]
+    pub stdin_from_command: bool,
+    /// What to leave out.
+    #[command(flatten)]
+    pub selection: Selection,
+    /// Tag of the snapshot; may be repeated or separated by commas
+    #[arg(long, value_name = "TAG", value_delimiter = ',')]
+    pub tag: Vec<String>,
+    /// Host label [default: this machine's host name]
+    #[arg(long)]
+    pub host: Option<String>,
+    /// Time of the snapshot instead of now (`2026-01-31 12:00:00` here, or RFC 3339)
+    #[arg(long, value_parser = args::moment, value_name = "TIME")]
+    pub time: Option<i64>,
+    /// Parallel data streams, 1 to 64; the server may allow fewer
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub streams: Option<u16>,
+    /// Send at most so much per second, over all streams (`500K`, `10M`; bytes without a unit)
+    #[arg(long, value_name = "RATE", value_parser = args::bytes)]
+    pub limit_upload: Option<u64>,
+    /// Unacknowledged data that may be under way (`64M`)
+    #[arg(long, value_name = "SIZE", value_parser = args::bytes)]
+    pub window: Option<u64>,
+    /// Read every file, whatever the file cache says
+    #[arg(long)]
+    pub force: bool,
+    /// Take a file for unchanged whatever its inode number and ctime say
+    #[arg(long)]
+    pub ignore_inode: bool,
+    /// Take a file for unchanged whatever its ctime says
+    #[arg(long)]
+    pub ignore_ctime: bool,
+    /// Send and store nothing; tell what would be
+    #[arg(short = 'n', long)]
+    pub dry_run: bool,
+}
 
 /// Runs the command.
 pub async fn run(global: &Global, place: &Place, backup: Backup) -> anyhow::Result<Fate> {
+    make_private(&place.state_dir)?;
     let request = request(place, backup)?;
-    make_private(&request.plan.state_directory)?;
     make_private(&request.cache_directory)?;
     let opened = Opened::writable(global, place).await?;
     let outcome = with_signals(global, &opened, request).await;
@@ -44,7 +101,7 @@ pub async fn run(global: &Global, place: &Place, backup: Backup) -> anyhow::Resu
 }
 
 /// File caches hold names and small contents: they are nobody else's business.
-fn make_private(directory: &Path) -> anyhow::Result<()> {
+pub fn make_private(directory: &Path) -> anyhow::Result<()> {
     DirBuilder::new()
         .recursive(true)
         .mode(0o700)
@@ -70,12 +127,11 @@ fn request(place: &Place, backup: Backup) -> anyhow::Result<BackupRequest> {
             output::size(limits::BLOCK_BYTES_MAX as u64)
         );
     }
-    let mut plan = BackupPlan::new(backup.paths, place.state_dir.clone());
-    plan.excludes = settings.exclude.iter().cloned().chain(backup.exclude).collect();
-    plan.one_file_system = backup.one_file_system;
+    let mut plan = plan(place, &backup)?;
+    backup.selection.apply(settings, &mut plan)?;
     let details = DetailsV1 {
         paths: plan.paths.iter().map(|path| absolute(path).as_os_str().as_bytes().to_vec()).collect(),
-        excludes: plan.excludes.clone(),
+        excludes: plan.excludes.iter().chain(&plan.iexcludes).cloned().collect(),
         user: std::env::var("USER").unwrap_or_default(),
         system: system(),
         program: concat!("strandline ", env!("CARGO_PKG_VERSION")).to_owned(),
@@ -89,6 +145,11 @@ fn request(place: &Place, backup: Backup) -> anyhow::Result<BackupRequest> {
             limit_upload: limit_upload.map(|rate| u32::try_from(rate).unwrap_or(u32::MAX)),
         },
         force: backup.force,
+        ignoring: Ignoring {
+            inode: backup.ignore_inode || settings.ignore_inode,
+            ctime: backup.ignore_ctime || settings.ignore_ctime,
+        },
+        time_ns: backup.time,
         dry_run: backup.dry_run,
         level: ZSTD_LEVEL,
         host: backup.host.or_else(|| settings.host.clone()).unwrap_or_else(host_name),
@@ -96,6 +157,40 @@ fn request(place: &Place, backup: Backup) -> anyhow::Result<BackupRequest> {
         details,
         plan,
     })
+}
+
+/// What to save.
+fn plan(place: &Place, backup: &Backup) -> anyhow::Result<BackupPlan> {
+    let default = backup.stdin_from_command.then(|| PathBuf::from("stdin"));
+    let Some(name) = backup.stdin_filename.clone().or(default) else {
+        let mut paths = backup.paths.clone();
+        // A list may say something else each time and still go on from the same file cache.
+        let lists = backup.lists.names().map(|list| absolute(list));
+        let cached_as = paths.iter().cloned().chain(lists).collect();
+        paths.extend(backup.lists.paths()?);
+        if paths.is_empty() {
+            bail!("there is nothing to save: name paths, or lists of them with --files-from, or use --stdin-filename");
+        }
+        let mut plan = BackupPlan::new(paths, place.state_dir.clone());
+        plan.cached_as = cached_as;
+        return Ok(plan);
+    };
+    let pipe = if backup.stdin_from_command {
+        let words: Vec<_> = backup.paths.iter().map(|word| word.as_os_str().to_owned()).collect();
+        pipe::of_command(&words)?
+    } else if backup.paths.is_empty() && backup.lists.is_empty() {
+        pipe::standard_input()
+    } else {
+        bail!("--stdin-filename saves standard input alone: leave out the other paths");
+    };
+    let now = clock::wall_ns();
+    let mtime =
+        Timestamp { seconds: now.div_euclid(1_000_000_000), nanos: u32::try_from(now.rem_euclid(1_000_000_000))? };
+    let stream = StreamSource::new(name.as_os_str().as_bytes(), mtime, pipe)
+        .with_context(|| format!("{} cannot be the name of a file", name.display()))?;
+    let mut plan = BackupPlan::new(vec![Path::new("/").join(name)], place.state_dir.clone());
+    plan.stream = Some(stream);
+    Ok(plan)
 }
 
 fn absolute(path: &Path) -> PathBuf {
@@ -118,12 +213,17 @@ async fn with_signals(
     let view = Arc::new(JobView::default());
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
+    let stopper = request.plan.stream.as_ref().map(StreamSource::stopper);
     let stopping = {
         let view = Arc::clone(&view);
         async move {
             tokio::select! { _ = terminate.recv() => {}, _ = interrupt.recv() => {} }
             tracing::info!("stopping: what is sealed is still delivered");
             view.interrupt();
+            // Whoever writes into the pipe may be silent for long.
+            if let Some(stop) = &stopper {
+                stop.store(true, Ordering::Relaxed);
+            }
             tokio::select! { _ = terminate.recv() => {}, _ = interrupt.recv() => {} }
         }
     };

@@ -7,6 +7,7 @@ use crate::embedded::EmbeddedError;
 use crate::job::JobError;
 use crate::keys::KeyError;
 use crate::net::ClientError;
+use crate::restore::RestoreError;
 
 /// Nothing, or nothing useful, was done.
 pub const FATAL: u8 = 1;
@@ -64,6 +65,9 @@ fn of_cause(cause: &(dyn std::error::Error + 'static)) -> Option<u8> {
     }
     if let Some(key) = cause.downcast_ref::<KeyError>() {
         return key.is_wrong_key().then_some(WRONG_KEY);
+    }
+    if let Some(RestoreError::Busy { .. }) = cause.downcast_ref::<RestoreError>() {
+        return Some(BUSY);
     }
     match cause.downcast_ref::<EmbeddedError>() {
         Some(EmbeddedError::Missing { .. }) => Some(NO_REPOSITORY),

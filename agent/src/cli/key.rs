@@ -76,7 +76,7 @@ pub struct Remove {
     /// Ids of slots, or their beginnings
     #[arg(required = true, value_name = "ID")]
     pub ids: Vec<String>,
-    /// Remove the slot in use, too
+    /// Remove the slot in use, too; nobody checks that another one with all rights is left
     #[arg(long)]
     pub force: bool,
 }

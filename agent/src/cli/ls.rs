@@ -1,10 +1,15 @@
 //! `strand ls`.
 
+use std::ffi::OsString;
+use std::os::unix::ffi::OsStrExt;
+
+use clap::Args;
 use serde::Serialize;
-use strandline_messages::format::tree::EntryNode;
+use strandline_messages::ChunkId;
 
 use super::Fate;
-use super::args::{Global, Ls};
+use super::args::Global;
+use super::listing::{self, Line};
 use super::output;
 use super::repository::Opened;
 use super::selector;
@@ -15,21 +20,34 @@ use crate::trees::{DirEntry, Resolved, Step, TreeReader};
 /// Opened tree blocks kept, bytes.
 const CACHE_BYTES: usize = 32 << 20;
 
-#[derive(Serialize)]
-struct Line {
-    path: String,
-    #[serde(rename = "type")]
-    kind: &'static str,
-    mode: String,
-    uid: u32,
-    gid: u32,
-    user: String,
-    group: String,
-    size: u64,
-    mtime: String,
-    inode: u64,
-    links: u32,
-    target: Option<String>,
+/// `strand ls`.
+#[derive(Args, Debug)]
+pub struct Ls {
+    /// An id or its beginning, `latest` or `latest~N`; then optionally `:PATH`
+    snapshot: String,
+    /// List only these: files, and what stands directly in directories [default: everything]
+    #[arg(value_name = "PATH")]
+    paths: Vec<OsString>,
+    /// With PATH: everything below directories
+    #[arg(long)]
+    recursive: bool,
+    /// Mode, owner, size and time, too
+    #[arg(short, long)]
+    long: bool,
+    /// With -l: sizes with units
+    #[arg(long)]
+    human_readable: bool,
+    /// List what could not be saved as it was, and why
+    #[arg(long, conflicts_with_all = ["paths", "recursive", "long", "human_readable"])]
+    errors: bool,
+}
+
+/// How entries are printed.
+#[derive(Clone, Copy)]
+struct Style {
+    json: bool,
+    long: bool,
+    human: bool,
 }
 
 /// Runs the command.
@@ -43,28 +61,47 @@ pub async fn run(global: &Global, place: &Place, ls: &Ls) -> anyhow::Result<Fate
 }
 
 async fn list(global: &Global, opened: &Opened, ls: &Ls) -> anyhow::Result<u64> {
-    let (wanted, path) = selector::split(&ls.snapshot);
+    let (wanted, subpath) = selector::split(&ls.snapshot);
     let snapshot = selector::one(opened, wanted).await?;
     let reading = Reading::open(opened, STREAMS).await?;
     let reader = TreeReader::new(reading.source(snapshot.id), CACHE_BYTES);
-    let (json, long) = (global.json, ls.long);
-    let walking = tokio::task::spawn_blocking(move || walk(&reader, snapshot.manifest.root, &path, json, long)).await;
+    let style = Style { json: global.json, long: ls.long, human: ls.human_readable };
+    let (paths, recursive) = (paths(&subpath, &ls.paths), ls.recursive || ls.paths.is_empty());
+    let (errors, quiet) = (ls.errors, global.quiet);
+    let root = snapshot.manifest.root;
+    let walking = tokio::task::spawn_blocking(move || match (errors, snapshot.manifest.errors) {
+        (true, Some(top)) => print_errors(&reader, top, style),
+        (true, None) if style.json || quiet => Ok(0),
+        (true, None) => output::print(b"everything was saved\n").map(|()| 0),
+        (false, _) => paths.iter().try_fold(0, |sum, path| Ok(sum + walk(&reader, root, path, recursive, style)?)),
+    });
+    let walked = walking.await;
     reading.close(opened, "").await;
-    walking?
+    walked?
 }
 
-/// Prints everything below `path`; returns how many parts of the tree could not be read.
-fn walk(
-    reader: &TreeReader,
-    root: strandline_messages::ChunkId,
-    path: &[u8],
-    json: bool,
-    long: bool,
-) -> anyhow::Result<u64> {
+/// The paths to list, sorted, without leading `/`.
+fn paths(subpath: &[u8], wanted: &[OsString]) -> Vec<Vec<u8>> {
+    if wanted.is_empty() {
+        return vec![subpath.to_vec()];
+    }
+    let below = |path: &OsString| {
+        let all = [subpath, path.as_bytes()].join(&b'/');
+        let names = all.split(|byte| *byte == b'/').filter(|name| !name.is_empty() && *name != b".");
+        names.collect::<Vec<_>>().join(&b'/')
+    };
+    let mut paths: Vec<_> = wanted.iter().map(below).collect();
+    paths.sort_unstable();
+    paths.dedup();
+    paths
+}
+
+/// Prints what is at `path`, and below it; returns how many parts of the tree could not be read.
+fn walk(reader: &TreeReader, root: ChunkId, path: &[u8], recursive: bool, style: Style) -> anyhow::Result<u64> {
     let (top, prefix) = match reader.resolve(root, path)? {
         Resolved::Root(top) => (top, Vec::new()),
         Resolved::Entry(entry) => {
-            print(path, &entry, json, long)?;
+            print(path, &entry, style)?;
             match entry.directory_top()? {
                 Some(top) => (top, path.to_vec()),
                 None => return Ok(0),
@@ -72,115 +109,60 @@ fn walk(
         }
     };
     let mut problems = 0;
-    for step in reader.walk(top, &prefix) {
+    let mut walk = reader.walk(top, &prefix);
+    while let Some(step) = walk.next() {
         match step {
-            Ok((path, Step::Enter(entry) | Step::Entry(entry))) => print(&path, &entry, json, long)?,
+            Ok((path, Step::Enter(entry))) => {
+                print(&path, &entry, style)?;
+                if !recursive {
+                    walk.skip_directory();
+                }
+            }
+            Ok((path, Step::Entry(entry))) => print(&path, &entry, style)?,
             Ok((_, Step::Leave)) => {}
             Err(error) => {
                 problems += 1;
-                output::error(json, Fate::Partial.code(), &error.to_string());
+                output::error(style.json, Fate::Partial.code(), &error.to_string());
             }
         }
     }
     Ok(problems)
 }
 
-fn print(path: &[u8], entry: &DirEntry, json: bool, long: bool) -> anyhow::Result<()> {
-    let shown = format!("/{}", output::path(path));
-    if json {
-        return output::json_line(&line(shown, entry));
-    }
-    if !long {
-        return output::print(format!("{shown}\n").as_bytes());
-    }
-    let (owner, e) = (entry.owner(), &entry.entry);
-    let name = |name: &[u8], number: u32| {
-        if name.is_empty() { number.to_string() } else { output::path(name) }
-    };
-    let target = target(entry).map(|target| format!(" -> {target}")).unwrap_or_default();
-    let time = output::moment(e.mtime.seconds.saturating_mul(1_000_000_000).saturating_add(e.mtime.nanos.into()));
-    let line = format!(
-        "{}{} {:>8} {:>8} {:>12} {time} {shown}{target}\n",
-        letter(entry),
-        permissions(e.mode),
-        name(&owner.user, owner.uid),
-        name(&owner.group, owner.gid),
-        size(entry),
-    );
-    output::print(line.as_bytes())
-}
-
-fn line(path: String, entry: &DirEntry) -> Line {
-    let (owner, e) = (entry.owner(), &entry.entry);
-    Line {
-        path,
-        kind: kind(entry),
-        mode: format!("{:04o}", e.mode),
-        uid: owner.uid,
-        gid: owner.gid,
-        user: output::path(&owner.user),
-        group: output::path(&owner.group),
-        size: size(entry),
-        mtime: output::rfc3339(e.mtime.seconds.saturating_mul(1_000_000_000).saturating_add(e.mtime.nanos.into())),
-        inode: e.inode,
-        links: e.links,
-        target: target(entry),
+fn print(path: &[u8], entry: &DirEntry, style: Style) -> anyhow::Result<()> {
+    match style {
+        Style { json: true, .. } => output::json_line(&Line::new(path, entry)),
+        Style { long: true, human, .. } => output::print(listing::long(path, entry, human).as_bytes()),
+        _ => output::print(format!("{}\n", listing::shown(path)).as_bytes()),
     }
 }
 
-fn kind(entry: &DirEntry) -> &'static str {
-    match entry.entry.node {
-        EntryNode::File { .. } => "file",
-        EntryNode::Directory { .. } => "dir",
-        EntryNode::Symlink { .. } => "symlink",
-        EntryNode::Fifo => "fifo",
-        EntryNode::Socket => "socket",
-        EntryNode::CharDevice { .. } => "chardev",
-        EntryNode::BlockDevice { .. } => "blockdev",
-    }
+#[derive(Serialize)]
+struct Unsaved {
+    path: String,
+    message: String,
 }
 
-fn letter(entry: &DirEntry) -> char {
-    match entry.entry.node {
-        EntryNode::File { .. } => '-',
-        EntryNode::Directory { .. } => 'd',
-        EntryNode::Symlink { .. } => 'l',
-        EntryNode::Fifo => 'p',
-        EntryNode::Socket => 's',
-        EntryNode::CharDevice { .. } => 'c',
-        EntryNode::BlockDevice { .. } => 'b',
+/// Prints the error list; returns how many parts of it could not be read.
+fn print_errors(reader: &TreeReader, top: ChunkId, style: Style) -> anyhow::Result<u64> {
+    let mut problems = 0;
+    for error in reader.source_errors(top) {
+        match error {
+            Ok(error) => {
+                let unsaved = Unsaved { path: output::path(&error.path), message: error.message };
+                if style.json {
+                    output::json_line(&unsaved)?;
+                } else {
+                    output::print(format!("{}: {}\n", unsaved.path, unsaved.message).as_bytes())?;
+                }
+            }
+            Err(error) => {
+                problems += 1;
+                output::error(style.json, Fate::Partial.code(), &format!("the list of errors: {error}"));
+            }
+        }
     }
-}
-
-fn size(entry: &DirEntry) -> u64 {
-    match entry.entry.node {
-        EntryNode::File { size, .. } => size,
-        _ => 0,
-    }
-}
-
-fn target(entry: &DirEntry) -> Option<String> {
-    match &entry.entry.node {
-        EntryNode::Symlink { target } => Some(output::path(target)),
-        _ => None,
-    }
-}
-
-/// `rwxr-xr-x` with set-id and sticky bits, as `ls -l` writes it.
-fn permissions(mode: u16) -> String {
-    let mut text = String::with_capacity(9);
-    for (shift, special, set, unset) in [(6, 0o4000, 's', 'S'), (3, 0o2000, 's', 'S'), (0, 0o1000, 't', 'T')] {
-        let bits = mode >> shift;
-        text.push(if bits & 4 == 0 { '-' } else { 'r' });
-        text.push(if bits & 2 == 0 { '-' } else { 'w' });
-        text.push(match (bits & 1 != 0, mode & special != 0) {
-            (true, true) => set,
-            (false, true) => unset,
-            (true, false) => 'x',
-            (false, false) => '-',
-        });
-    }
-    text
+    Ok(problems)
 }
 
 #[cfg(test)]
@@ -188,10 +170,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn permissions_read_like_those_of_ls() {
-        assert_eq!(permissions(0o755), "rwxr-xr-x");
-        assert_eq!(permissions(0o4755), "rwsr-xr-x");
-        assert_eq!(permissions(0o1777), "rwxrwxrwt");
-        assert_eq!(permissions(0o2640), "rw-r-S---");
+    fn paths_are_sorted_and_stand_below_the_subpath() {
+        let given = |paths: &[&str]| paths.iter().map(OsString::from).collect::<Vec<_>>();
+        assert_eq!(paths(b"a/b", &[]), [b"a/b".to_vec()]);
+        assert_eq!(paths(b"", &given(&["/z//y/", "./x", "x"])), [b"x".to_vec(), b"z/y".to_vec()]);
+        assert_eq!(paths(b"a", &given(&["/x", "/"])), [b"a".to_vec(), b"a/x".to_vec()]);
     }
 }

@@ -2,21 +2,39 @@
 
 mod args;
 mod backup;
+mod changes;
+mod check;
+mod choice;
+mod diff;
+mod dump;
 mod enroll;
 mod fate;
+mod filter;
+mod find;
+mod forget;
 mod key;
 mod key_add;
+mod listing;
+mod lists;
 mod ls;
+mod mount;
 mod output;
+mod pipe;
 mod progress;
+mod protect;
+mod prune;
 mod repository;
 mod restore;
 mod secrets;
+mod selection;
 mod selector;
 mod session;
 mod settings;
 mod snapshots;
+mod stats;
 mod status;
+mod tag;
+mod undelete;
 
 use std::process::ExitCode;
 
@@ -76,10 +94,22 @@ async fn run(arguments: Arguments) -> anyhow::Result<Fate> {
     let place = Place::find(&global)?;
     match command {
         Command::Init => repository::init(&global, &place).await,
-        Command::Backup(backup) => backup::run(&global, &place, backup).await,
+        Command::Backup(backup) => backup::run(&global, &place, *backup).await,
         Command::Snapshots(snapshots) => snapshots::run(&global, &place, &snapshots).await,
+        Command::Forget(forget) => forget::run(&global, &place, &forget).await,
+        Command::Undelete(undelete) => undelete::run(&global, &place, &undelete).await,
+        Command::Tag(tag) => tag::run(&global, &place, &tag).await,
+        Command::Protect(protect) => protect::run(&global, &place, &protect, true).await,
+        Command::Unprotect(protect) => protect::run(&global, &place, &protect, false).await,
         Command::Ls(ls) => ls::run(&global, &place, &ls).await,
+        Command::Find(find) => find::run(&global, &place, find).await,
+        Command::Diff(diff) => diff::run(&global, &place, diff).await,
+        Command::Dump(dump) => dump::run(&global, &place, dump).await,
+        Command::Stats(stats) => stats::run(&global, &place, stats).await,
+        Command::Mount(mount) => mount::run(&global, &place, &mount).await,
         Command::Restore(restore) => restore::run(&global, &place, restore).await,
+        Command::Prune(prune) => prune::run(&global, &place, &prune).await,
+        Command::Check(check) => check::run(&global, &place, &check).await,
         Command::Status => status::run(&global, &place).await,
         Command::Key(key) => key::run(&global, &place, key).await,
         Command::Enroll { token, label } => enroll::run(&global, &place, &token, label).await,

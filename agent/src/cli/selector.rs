@@ -97,10 +97,22 @@ pub fn split(text: &str) -> (&str, Vec<u8>) {
 
 /// The one snapshot that is meant.
 pub async fn one(opened: &Opened, wanted: &str) -> anyhow::Result<Snapshot> {
-    choose(all(opened).await?, wanted)
+    choose(&all(opened).await?, wanted).cloned()
 }
 
-fn choose(mut snapshots: Vec<Snapshot>, wanted: &str) -> anyhow::Result<Snapshot> {
+/// Those of `snapshots` (oldest first) that are meant, each once, in the order of `wanted`.
+pub fn several<'a>(snapshots: &'a [Snapshot], wanted: &[String]) -> anyhow::Result<Vec<&'a Snapshot>> {
+    let mut chosen: Vec<&Snapshot> = Vec::new();
+    for wanted in wanted {
+        let one = choose(snapshots, wanted)?;
+        if chosen.iter().all(|other| other.id != one.id) {
+            chosen.push(one);
+        }
+    }
+    Ok(chosen)
+}
+
+fn choose<'a>(snapshots: &'a [Snapshot], wanted: &str) -> anyhow::Result<&'a Snapshot> {
     if let Some(rest) = wanted.strip_prefix("latest") {
         let back: usize = match rest.strip_prefix('~') {
             None if rest.is_empty() => 0,
@@ -108,16 +120,15 @@ fn choose(mut snapshots: Vec<Snapshot>, wanted: &str) -> anyhow::Result<Snapshot
             None => bail!("`{wanted}`: write latest or latest~N"),
         };
         let count = snapshots.len();
-        let index = count.checked_sub(back + 1).ok_or_else(|| {
+        return snapshots.iter().rev().nth(back).ok_or_else(|| {
             anyhow!("there are {count} snapshots, so there is no {wanted}; `strand snapshots` lists them")
-        })?;
-        return Ok(snapshots.swap_remove(index));
+        });
     }
     if wanted.len() < 4 || !wanted.bytes().all(|byte| byte.is_ascii_hexdigit()) {
         bail!("`{wanted}` is no snapshot: give at least 4 hexadecimal digits of an id, or latest, or latest~N");
     }
     let wanted = wanted.to_ascii_lowercase();
-    let mut found = snapshots.into_iter().filter(|snapshot| snapshot.id.to_string().starts_with(&wanted));
+    let mut found = snapshots.iter().filter(|snapshot| snapshot.id.to_string().starts_with(&wanted));
     match (found.next(), found.next()) {
         (Some(one), None) => Ok(one),
         (Some(_), Some(_)) => bail!("several snapshots begin with `{wanted}`: give more digits"),
@@ -139,7 +150,7 @@ mod tests {
     #[test]
     fn what_cannot_be_meant_is_explained() {
         for bad in ["latest", "latest~x", "latestx", "ab", "zzzz", "abcd"] {
-            assert!(choose(Vec::new(), bad).is_err(), "{bad}");
+            assert!(choose(&[], bad).is_err(), "{bad}");
         }
     }
 }

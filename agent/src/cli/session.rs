@@ -16,7 +16,8 @@ use crate::trees::ChunkSource;
 /// Streams of a session that reads, if nothing else is said.
 pub const STREAMS: u16 = 4;
 
-/// See the module.
+/// See the module. Clones read over the same session.
+#[derive(Clone)]
 pub struct Reading {
     fetcher: Addr<Fetcher>,
     blocks: Arc<BlockSource>,
@@ -43,6 +44,11 @@ impl Reading {
     /// Where the chunks of `snapshot` come from. The server keeps the snapshot, whatever is deleted, until this session ends.
     pub fn source(&self, snapshot: SnapshotId) -> Arc<dyn ChunkSource> {
         Arc::new(NetworkSource::new(Arc::clone(&self.blocks), Some(snapshot)))
+    }
+
+    /// Where the chunks come from that this key's own writer domain has.
+    pub fn own_source(&self) -> Arc<dyn ChunkSource> {
+        Arc::new(NetworkSource::new(Arc::clone(&self.blocks), None))
     }
 
     /// Closes the streams, then the session. An empty reason means that everything was read.

@@ -32,6 +32,26 @@ pub struct Settings {
     pub window: Option<String>,
     /// As `--exclude`, in addition to those of the command line.
     pub exclude: Vec<String>,
+    /// As `--exclude-file`, in addition to those of the command line.
+    pub exclude_file: Vec<PathBuf>,
+    /// As `--iexclude`, in addition to those of the command line.
+    pub iexclude: Vec<String>,
+    /// As `--iexclude-file`, in addition to those of the command line.
+    pub iexclude_file: Vec<PathBuf>,
+    /// As `--exclude-if-present`, in addition to those of the command line.
+    pub exclude_if_present: Vec<String>,
+    /// As `--exclude-caches`.
+    pub exclude_caches: bool,
+    /// As `--exclude-larger-than`.
+    pub exclude_larger_than: Option<String>,
+    /// As `--exclude-per-directory`.
+    pub exclude_per_directory: Option<String>,
+    /// As `--one-file-system`.
+    pub one_file_system: bool,
+    /// As `--ignore-inode`.
+    pub ignore_inode: bool,
+    /// As `--ignore-ctime`.
+    pub ignore_ctime: bool,
 }
 
 /// Everything that does not depend on the command.

@@ -111,6 +111,11 @@ impl Client {
         Self { connector, control, arbiter: actix_rt::Arbiter::current(), seed }
     }
 
+    /// Another connection to the same server: one speaks for one session.
+    pub fn another(&self) -> Self {
+        Self::start(Arc::clone(&self.connector))
+    }
+
     /// Where the actors run.
     pub fn arbiter(&self) -> ArbiterHandle {
         self.arbiter.clone()

@@ -15,6 +15,8 @@ use super::report::{Issues, count};
 use crate::trees::DirEntry;
 
 const SET_ID_BITS: u32 = 0o6000;
+/// The kernel's limit for the list of names.
+const XATTR_NAMES_BYTES_MAX: usize = 65_536;
 
 /// What an entry will look like.
 #[derive(Clone, Debug)]
@@ -87,6 +89,25 @@ impl Attributes {
         });
         report(meta, issues, "mode", rustix::fs::fchmod(handle, meta.mode_bits(owned)));
         report(meta, issues, "time", rustix::fs::futimens(handle, &meta.times()));
+    }
+
+    /// Removes what an existing file has and the snapshot does not: it might give somebody access. What the system guards
+    /// by itself (labels of security modules) stays.
+    pub(super) fn remove_others(handle: &impl AsFd, meta: &Meta, issues: &Issues) {
+        let mut buffer = vec![0; XATTR_NAMES_BYTES_MAX];
+        // A file system without extended attributes has none.
+        let Ok(listed) = rustix::fs::flistxattr(handle, buffer.as_mut_slice()) else { return };
+        let names = buffer.get(..listed).unwrap_or_default().split(|byte| *byte == 0);
+        let removable = [&b"user."[..], b"trusted.", b"system.posix_acl_", b"security.capability"];
+        for name in names.filter(|name| removable.iter().any(|prefix| name.starts_with(prefix))) {
+            if meta.xattrs.iter().all(|xattr| xattr.name != name)
+                && let Err(error) = rustix::fs::fremovexattr(handle, name)
+                && error != Errno::NODATA
+            {
+                let name = String::from_utf8_lossy(name);
+                issues.add_flaw(&meta.path, format!("its attribute {name} cannot be removed: {error}"));
+            }
+        }
     }
 
     /// For links, pipes, sockets and devices: `name` in `directory`, never followed.

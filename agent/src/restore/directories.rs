@@ -18,7 +18,7 @@ use rustix::io::Errno;
 
 use super::attributes::Meta;
 use super::report::count;
-use super::{Overwrite, Restorer};
+use super::{Action, Overwrite, Restorer, leftovers};
 
 /// Descriptors of directories kept open.
 const OPEN_MAX: usize = 128;
@@ -53,15 +53,15 @@ pub(super) enum Made {
 }
 
 impl Directory {
-    /// The target itself.
-    pub(super) fn target() -> Arc<Self> {
+    /// The target itself; `is_fresh`: a dry run would make it.
+    pub(super) fn target(is_fresh: bool) -> Arc<Self> {
         Arc::new(Self {
             number: NUMBERS.fetch_add(1, Ordering::Relaxed),
             parent: None,
             path: Vec::new(),
             meta: None,
             made: AtomicBool::new(true),
-            fresh: AtomicBool::new(false),
+            fresh: AtomicBool::new(is_fresh),
             failed: AtomicBool::new(false),
             pending: AtomicUsize::new(1),
         })
@@ -110,12 +110,19 @@ impl Directory {
 
     fn finish(self: &Arc<Self>, restorer: &Restorer) {
         let ours = self.is_fresh() || restorer.options.overwrite != Overwrite::Never;
-        let Some(meta) = self.meta.as_ref().filter(|_| ours && self.made.load(Ordering::Acquire)) else { return };
+        if ours && self.made.load(Ordering::Acquire) {
+            self.set_attributes(restorer);
+        }
+        restorer.handles.forget(self.number);
+    }
+
+    /// Makes it look as in the snapshot.
+    pub(super) fn set_attributes(self: &Arc<Self>, restorer: &Restorer) {
+        let Some(meta) = self.meta.as_ref().filter(|_| !restorer.options.dry_run) else { return };
         match restorer.handles.open_readable(self) {
             Ok(handle) => restorer.attributes.apply_to_open(&handle, meta, &restorer.issues),
             Err(error) => restorer.issues.add_flaw(&self.path, format!("its attributes cannot be set: {error}")),
         }
-        restorer.handles.forget(self.number);
     }
 
     /// Makes the directory and those above it that do not exist yet. Called by the planner only.
@@ -154,35 +161,50 @@ impl Directory {
         Made::Yes
     }
 
-    fn make(&self, restorer: &Restorer) -> io::Result<Made> {
+    fn make(self: &Arc<Self>, restorer: &Restorer) -> io::Result<Made> {
         let Some(parent) = &self.parent else { return Ok(Made::Yes) };
+        if restorer.options.dry_run && parent.is_fresh() {
+            return Ok(self.begin(restorer));
+        }
         let above = restorer.handles.open(parent)?;
-        let make = || rustix::fs::mkdirat(&*above, self.name(), Mode::RWXU);
-        match make() {
-            Ok(()) => {
-                self.fresh.store(true, Ordering::Release);
+        let stat = match rustix::fs::statat(&*above, self.name(), AtFlags::SYMLINK_NOFOLLOW) {
+            Ok(stat) => Some(stat),
+            Err(Errno::NOENT) => None,
+            Err(error) => return Err(error.into()),
+        };
+        match stat.map(|stat| FileType::from_raw_mode(stat.st_mode)) {
+            Some(FileType::Directory) => {
+                if !restorer.options.dry_run
+                    && let Ok(readable) = restorer.handles.open_readable(self)
+                {
+                    leftovers::sweep(&readable);
+                }
                 return Ok(Made::Yes);
             }
-            Err(Errno::EXIST) => {}
-            Err(error) => return Err(error.into()),
+            Some(_) if restorer.options.overwrite == Overwrite::Never => return Ok(Made::Left),
+            Some(_) if !restorer.options.dry_run => {
+                rustix::fs::unlinkat(&*above, self.name(), AtFlags::empty())?;
+            }
+            _ => {}
         }
-        let stat = rustix::fs::statat(&*above, self.name(), AtFlags::SYMLINK_NOFOLLOW)?;
-        if FileType::from_raw_mode(stat.st_mode) == FileType::Directory {
-            return Ok(Made::Yes);
+        if !restorer.options.dry_run {
+            rustix::fs::mkdirat(&*above, self.name(), Mode::RWXU)?;
         }
-        if restorer.options.overwrite == Overwrite::Never {
-            return Ok(Made::Left);
-        }
-        rustix::fs::unlinkat(&*above, self.name(), AtFlags::empty())?;
-        make()?;
+        Ok(self.begin(restorer))
+    }
+
+    /// It is new and empty.
+    fn begin(&self, restorer: &Restorer) -> Made {
         self.fresh.store(true, Ordering::Release);
-        Ok(Made::Yes)
+        restorer.options.listener.tell(Action::Restored, &self.path);
+        Made::Yes
     }
 }
 
 /// Open descriptors of directories.
 pub(super) struct Handles {
-    target: Arc<OwnedFd>,
+    /// `None`: a dry run into a directory that does not exist.
+    target: Option<Arc<OwnedFd>>,
     open: Mutex<Open>,
 }
 
@@ -193,17 +215,28 @@ struct Open {
 }
 
 impl Handles {
-    /// Makes the target if need be and opens it.
-    pub(super) fn open_target(path: &Path) -> io::Result<Self> {
-        DirBuilder::new().recursive(true).mode(0o777).create(path)?;
+    /// Makes the target if need be (not in a dry run) and opens it.
+    pub(super) fn open_target(path: &Path, dry_run: bool) -> io::Result<Self> {
+        if !dry_run {
+            DirBuilder::new().recursive(true).mode(0o777).create(path)?;
+        }
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let target = rustix::fs::open(path, flags, Mode::empty())?;
-        Ok(Self { target: Arc::new(target), open: Mutex::new(Open::default()) })
+        let target = match rustix::fs::open(path, flags, Mode::empty()) {
+            Ok(target) => Some(Arc::new(target)),
+            Err(Errno::NOENT) if dry_run => None,
+            Err(error) => return Err(error.into()),
+        };
+        Ok(Self { target, open: Mutex::new(Open::default()) })
+    }
+
+    /// Whether the target is there.
+    pub(super) fn has_target(&self) -> bool {
+        self.target.is_some()
     }
 
     /// The target's own descriptor.
-    pub(super) fn target(&self) -> &Arc<OwnedFd> {
-        &self.target
+    pub(super) fn target(&self) -> io::Result<&Arc<OwnedFd>> {
+        self.target.as_ref().ok_or_else(|| io::ErrorKind::NotFound.into())
     }
 
     /// A descriptor of the directory, good for `…at` calls.
@@ -215,7 +248,7 @@ impl Handles {
                 break handle;
             }
             match &current.parent {
-                None => break Arc::clone(&self.target),
+                None => break Arc::clone(self.target()?),
                 Some(parent) => {
                     below.push(current);
                     current = parent;

@@ -6,15 +6,21 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use parking_lot::Mutex;
-use rustix::fs::{AtFlags, Mode, OFlags, RenameFlags};
+use rustix::fs::{AtFlags, Mode, OFlags, RenameFlags, Timespec, Timestamps, UTIME_OMIT};
 use rustix::io::Errno;
-use strandline_messages::format::tree::Hole;
 
-use super::attributes::Meta;
+use super::attributes::{Attributes, Meta};
 use super::directories::Directory;
+use super::layout::Layout;
 use super::links::LinkKey;
 use super::report::count;
-use super::{Overwrite, Restorer};
+use super::reuse::Identity;
+use super::{Action, Overwrite, Restorer};
+
+/// Unit in which runs of zeros are looked for, bytes: what most file systems allocate at least.
+const ZERO_BLOCK: u64 = 4096;
+/// The modification time, seconds since 1970, of a file that is about to be changed in place.
+const UNFINISHED: i64 = 1;
 
 /// A regular file under way. Finished by whoever releases it last.
 pub(super) struct FileJob {
@@ -23,57 +29,27 @@ pub(super) struct FileJob {
     pub(super) layout: Layout,
     /// Set if other entries may be links to it.
     link: Option<LinkKey>,
-    temporary: Vec<u8>,
+    place: Place,
     /// The planner, and pieces not yet written.
     pending: AtomicUsize,
     state: Mutex<State>,
 }
 
+/// Where the bytes go.
+pub(super) enum Place {
+    /// Into a file of this temporary name, which gets its own name when it is complete.
+    Temporary(Vec<u8>),
+    /// Into the file that is there, and only where it differs. While it is neither what it was nor what it will be, its
+    /// time is not the snapshot's: [`UNFINISHED`] on the disk before the first write, then that of the last write. No later
+    /// restore takes it for complete.
+    Existing(Identity),
+}
+
 #[derive(Default)]
 struct State {
-    created: bool,
+    /// The temporary file is there, or the existing one is marked as unfinished.
+    begun: bool,
     failed: Option<String>,
-}
-
-/// Where the content stream (the bytes outside of holes, one after another) goes in the file.
-#[derive(Debug, Default)]
-pub(super) struct Layout {
-    /// Length of the file, bytes.
-    pub(super) size: u64,
-    /// Bytes of the content stream.
-    pub(super) content: u64,
-    has_holes: bool,
-    /// Start in the content stream, start in the file; ascending.
-    regions: Vec<(u64, u64)>,
-}
-
-impl Layout {
-    pub(super) fn new(size: u64, holes: &[Hole]) -> Self {
-        let (mut stream, mut file) = (0u64, 0u64);
-        let mut regions = Vec::new();
-        for hole in holes {
-            if hole.offset > file {
-                regions.push((stream, file));
-                stream += hole.offset - file;
-            }
-            file = hole.offset.saturating_add(hole.bytes);
-        }
-        regions.push((stream, file));
-        Self { size, content: stream + size.saturating_sub(file), has_holes: !holes.is_empty(), regions }
-    }
-
-    /// The parts of the file that `bytes` bytes at `offset` of the content stream fill: offset in the file, length.
-    pub(super) fn parts(&self, offset: u64, bytes: u64) -> impl Iterator<Item = (u64, u64)> {
-        let first = self.regions.partition_point(|(stream, _)| *stream <= offset).saturating_sub(1);
-        let regions = self.regions.get(first..).unwrap_or_default();
-        let ends = regions.iter().skip(1).map(|(stream, _)| *stream).chain([u64::MAX]);
-        let last = offset.saturating_add(bytes);
-        regions.iter().zip(ends).map_while(move |((stream, file), end)| {
-            let from = offset.max(*stream);
-            let to = last.min(end);
-            (from < to).then(|| (file.saturating_add(from - stream), to - from))
-        })
-    }
 }
 
 impl FileJob {
@@ -83,6 +59,7 @@ impl FileJob {
         meta: Meta,
         layout: Layout,
         link: Option<LinkKey>,
+        existing: Option<Identity>,
     ) -> Arc<Self> {
         directory.hold();
         Arc::new(Self {
@@ -90,7 +67,7 @@ impl FileJob {
             meta,
             layout,
             link,
-            temporary: restorer.temporary_name(),
+            place: existing.map_or_else(|| Place::Temporary(restorer.temporary_name()), Place::Existing),
             pending: AtomicUsize::new(1),
             state: Mutex::default(),
         })
@@ -110,15 +87,43 @@ impl FileJob {
         self.state.lock().failed.is_some()
     }
 
-    /// Opens the temporary file for writing; the first to do so makes it.
+    /// Whether the bytes go into the file that is there already.
+    pub(super) fn is_in_place(&self) -> bool {
+        matches!(self.place, Place::Existing(_))
+    }
+
+    /// Opens the file for writing; the first to do so makes the temporary one, or marks the existing one as unfinished.
     pub(super) fn open(&self, restorer: &Restorer) -> io::Result<OwnedFd> {
         let directory = restorer.handles.open(&self.directory)?;
         let mut state = self.state.lock();
-        let flags = OFlags::WRONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let make = if state.created { OFlags::empty() } else { OFlags::CREATE | OFlags::EXCL };
-        let handle = rustix::fs::openat(&*directory, self.temporary.as_slice(), flags | make, Mode::RUSR | Mode::WUSR)?;
-        state.created = true;
+        let flags = OFlags::WRONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        let handle = match &self.place {
+            Place::Temporary(name) => {
+                let make = if state.begun { OFlags::empty() } else { OFlags::CREATE | OFlags::EXCL };
+                rustix::fs::openat(&*directory, name.as_slice(), flags | make, Mode::RUSR | Mode::WUSR)?
+            }
+            Place::Existing(identity) => {
+                let handle = rustix::fs::openat(&*directory, self.meta.name.as_slice(), flags, Mode::empty())?;
+                identity.check(&handle)?;
+                if !state.begun {
+                    self.mark(&handle)?;
+                }
+                handle
+            }
+        };
+        state.begun = true;
         Ok(handle)
+    }
+
+    /// Makes sure, even if the machine stops, that the file does not look complete from here on.
+    fn mark(&self, handle: &OwnedFd) -> io::Result<()> {
+        let seconds = if self.meta.mtime.seconds == UNFINISHED { UNFINISHED + 1 } else { UNFINISHED };
+        let times = Timestamps {
+            last_access: Timespec { tv_sec: 0, tv_nsec: UTIME_OMIT },
+            last_modification: Timespec { tv_sec: seconds, tv_nsec: 0 },
+        };
+        rustix::fs::futimens(handle, &times)?;
+        Ok(rustix::fs::fsync(handle)?)
     }
 
     /// Writes bytes of the content stream.
@@ -127,7 +132,11 @@ impl FileJob {
         for (place, length) in self.layout.parts(offset, bytes.len() as u64) {
             let length = usize::try_from(length).unwrap_or(usize::MAX).min(rest.len());
             let (part, after) = rest.split_at(length);
-            write_at(handle, part, place)?;
+            if restorer.options.sparse && !self.is_in_place() {
+                write_without_zeros(handle, part, place)?;
+            } else {
+                write_at(handle, part, place)?;
+            }
             rest = after;
         }
         restorer.issues.progress.bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
@@ -147,14 +156,12 @@ impl FileJob {
         };
         let restored = result.is_ok();
         match result {
-            Ok(()) => count(&restorer.issues.progress.files),
-            Err(reason) => {
-                if self.state.lock().created
-                    && let Ok(directory) = restorer.handles.open(&self.directory)
-                {
-                    // An error here leaves a temporary file behind; the reason recorded is the one that matters.
-                    let _ = rustix::fs::unlinkat(&*directory, self.temporary.as_slice(), AtFlags::empty());
-                }
+            Ok(()) => {
+                count(&restorer.issues.progress.files);
+                restorer.options.listener.tell(Action::Restored, &self.meta.path);
+            }
+            Err(mut reason) => {
+                self.abandon(restorer, &mut reason);
                 if !cancelled {
                     restorer.issues.add(&self.meta.path, reason);
                 }
@@ -166,19 +173,56 @@ impl FileJob {
         self.directory.release(restorer);
     }
 
+    /// Removes the temporary file. A file that was changed in place stays as it is, marked as unfinished.
+    fn abandon(&self, restorer: &Restorer, reason: &mut String) {
+        match (&self.place, self.state.lock().begun) {
+            (Place::Temporary(name), true) => {
+                if let Ok(directory) = restorer.handles.open(&self.directory) {
+                    // An error here leaves a temporary file behind; the reason recorded is the one that matters.
+                    let _ = rustix::fs::unlinkat(&*directory, name.as_slice(), AtFlags::empty());
+                }
+            }
+            (Place::Existing(_), true) => {
+                *reason += "; it was being changed in place and is partly old, partly new: run the command again";
+            }
+            (_, false) => {}
+        }
+    }
+
     fn complete(&self, restorer: &Restorer, handle: Option<&OwnedFd>) -> io::Result<()> {
         let opened;
-        let handle = if let Some(handle) = handle {
-            handle
-        } else {
-            opened = self.open(restorer)?;
-            &opened
+        let handle = match (handle, &self.place) {
+            (Some(handle), _) => handle,
+            (None, Place::Existing(identity)) if !self.state.lock().begun => {
+                let directory = restorer.handles.open(&self.directory)?;
+                let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+                opened = rustix::fs::openat(&*directory, self.meta.name.as_slice(), flags, Mode::empty())?;
+                identity.check(&opened)?;
+                &opened
+            }
+            (None, _) => {
+                opened = self.open(restorer)?;
+                &opened
+            }
         };
-        if self.layout.has_holes {
-            rustix::fs::ftruncate(handle, self.layout.size)?;
+        match &self.place {
+            Place::Temporary(name) => {
+                if restorer.options.sparse || !self.layout.holes().is_empty() {
+                    rustix::fs::ftruncate(handle, self.layout.size)?;
+                }
+                restorer.attributes.apply_to_open(handle, &self.meta, &restorer.issues);
+                put_in_place(restorer, &self.directory, name, &self.meta.name)
+            }
+            Place::Existing(_) => {
+                if self.state.lock().begun {
+                    // The time is what makes it look complete: it must not reach the disk before the content.
+                    rustix::fs::fsync(handle)?;
+                }
+                Attributes::remove_others(handle, &self.meta, &restorer.issues);
+                restorer.attributes.apply_to_open(handle, &self.meta, &restorer.issues);
+                Ok(())
+            }
         }
-        restorer.attributes.apply_to_open(handle, &self.meta, &restorer.issues);
-        put_in_place(restorer, &self.directory, &self.temporary, &self.meta.name)
     }
 }
 
@@ -215,26 +259,22 @@ fn write_at(handle: &OwnedFd, mut bytes: &[u8], mut offset: u64) -> io::Result<(
     Ok(())
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn content_goes_around_the_holes() {
-        let hole = |offset, bytes| Hole { offset, bytes };
-        let parts = |layout: &Layout, offset, bytes| layout.parts(offset, bytes).collect::<Vec<_>>();
-        let plain = Layout::new(100, &[]);
-        assert_eq!(plain.content, 100);
-        assert_eq!(parts(&plain, 10, 20), [(10, 20)]);
-        assert_eq!(parts(&plain, 10, 0), []);
-        let sparse = Layout::new(100, &[hole(0, 10), hole(20, 5), hole(90, 10)]);
-        assert_eq!(sparse.content, 75);
-        assert_eq!(parts(&sparse, 0, 75), [(10, 10), (25, 65)]);
-        assert_eq!(parts(&sparse, 5, 10), [(15, 5), (25, 5)]);
-        assert_eq!(parts(&sparse, 10, 1), [(25, 1)]);
-        let empty = Layout::new(100, &[hole(0, 100)]);
-        assert_eq!(empty.content, 0);
-        let absurd = Layout::new(u64::MAX, &[hole(0, u64::MAX)]);
-        assert_eq!(parts(&absurd, 5, 10), [(u64::MAX, 10)], "which the system will refuse");
+/// Writes into a file that is new, so that what is not written is zero: runs of zeros become holes.
+fn write_without_zeros(handle: &OwnedFd, mut bytes: &[u8], mut offset: u64) -> io::Result<()> {
+    let (mut pending, mut start) = (0usize, offset);
+    let mut whole = bytes;
+    while !bytes.is_empty() {
+        let to_boundary = usize::try_from(ZERO_BLOCK - offset % ZERO_BLOCK).unwrap_or(usize::MAX);
+        let (block, rest) = bytes.split_at(to_boundary.min(bytes.len()));
+        (bytes, offset) = (rest, offset.saturating_add(block.len() as u64));
+        if block.iter().any(|byte| *byte != 0) {
+            pending += block.len();
+            continue;
+        }
+        let (run, after) = whole.split_at(pending);
+        write_at(handle, run, start)?;
+        whole = after.get(block.len()..).unwrap_or_default();
+        (pending, start) = (0, offset);
     }
+    write_at(handle, whole.get(..pending).unwrap_or_default(), start)
 }

@@ -12,11 +12,11 @@ use parking_lot::Mutex;
 use rustix::fs::{AtFlags, Dir, Mode, OFlags};
 use rustix::io::Errno;
 
-use super::Restorer;
 use super::attributes::Meta;
 use super::directories::Directory;
 use super::file_job::put_in_place;
 use super::report::count;
+use super::{Action, Restorer};
 
 /// Device and inode at the source, and the number of links there.
 #[derive(Clone, Copy, Debug)]
@@ -82,7 +82,7 @@ impl Links {
             state.waiting.insert(key.pair(), Vec::new());
             return Linking::First;
         }
-        count(&restorer.issues.progress.hard_links);
+        linked(restorer, meta);
         forget_if_complete(&known, key);
         Linking::Done
     }
@@ -119,14 +119,14 @@ impl Links {
         };
         let known = restorer.handles.open(directory);
         for (place, meta) in waiting {
-            let linked = match (&known, restored) {
+            let result = match (&known, restored) {
                 (_, false) => Err("the file that it is a link to could not be restored".to_owned()),
                 (Err(error), _) => Err(format!("it cannot be linked: {error}")),
                 (Ok(known), _) => link(restorer, known, &first.name, &place, &meta)
                     .map_err(|error| format!("it cannot be linked: {error}")),
             };
-            match linked {
-                Ok(()) => count(&restorer.issues.progress.hard_links),
+            match result {
+                Ok(()) => linked(restorer, &meta),
                 Err(_) if restorer.stopped() => {}
                 Err(reason) => restorer.issues.add(&meta.path, reason),
             }
@@ -141,11 +141,12 @@ impl Links {
     // Errors are not lost: whoever finds no remembered link restores a copy of its own.
     fn remember(&self, restorer: &Restorer, state: &mut State, key: LinkKey, directory: &Arc<Directory>, first: &Meta) {
         if state.directory.is_none() {
-            let target = restorer.handles.target();
             let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-            let made = rustix::fs::mkdirat(target, self.name.as_str(), Mode::RWXU)
-                .and_then(|()| rustix::fs::openat(target, self.name.as_str(), flags, Mode::empty()));
-            state.directory = made.ok().map(Arc::new);
+            let made = restorer.handles.target().ok().and_then(|target| {
+                rustix::fs::mkdirat(target, self.name.as_str(), Mode::RWXU).ok()?;
+                rustix::fs::openat(target, self.name.as_str(), flags, Mode::empty()).ok()
+            });
+            state.directory = made.map(Arc::new);
         }
         if let (Some(known), Ok(from)) = (&state.directory, restorer.handles.open(directory)) {
             let name = key.file_name();
@@ -165,7 +166,8 @@ impl Links {
                 let _ = rustix::fs::unlinkat(&*known, entry.file_name(), AtFlags::empty());
             }
         }
-        if let Err(error) = rustix::fs::unlinkat(restorer.handles.target(), self.name.as_str(), AtFlags::REMOVEDIR) {
+        let Ok(target) = restorer.handles.target() else { return };
+        if let Err(error) = rustix::fs::unlinkat(target, self.name.as_str(), AtFlags::REMOVEDIR) {
             restorer.issues.add(self.name.as_bytes(), format!("the directory can be removed, but not by us: {error}"));
         }
     }
@@ -188,6 +190,11 @@ fn link(
         Ok(()) | Err(Errno::NOENT) => placed,
         Err(error) => placed.and(Err(error.into())),
     }
+}
+
+fn linked(restorer: &Restorer, meta: &Meta) {
+    count(&restorer.issues.progress.hard_links);
+    restorer.options.listener.tell(Action::Restored, &meta.path);
 }
 
 /// All links made, and one more in the hidden directory.

@@ -7,25 +7,36 @@
 //! Rules that hold everywhere below:
 //! - Nothing is opened by path: every step goes from a directory's descriptor to one name, never through a symbolic link.
 //!   A hostile tree cannot write outside of the target.
-//! - A file is written under a temporary name and renamed when it is complete, so no half file bears its final name.
+//! - A file is written under a temporary name and renamed when it is complete, so no half file bears its final name. Only
+//!   on request ([`RestoreOptions::in_place`]) is an existing file changed where it differs; until it is complete its time
+//!   says that it is not.
 //! - A directory's attributes are set when the walk has left it and everything in it is finished.
 //! - What cannot be restored is recorded with its reason, and the rest goes on. Wrong bytes are never written.
+//!
+//! - One restore at a time works in a target: it holds a lock on it, and removes what a killed one has left behind.
 //!
 //! Memory: the tree cache, at most three windows' plans (`TARGETS_MAX` places each), and the blocks under way.
 
 mod attributes;
+mod delete;
 mod directories;
 mod file_job;
 mod filter;
+mod layout;
+mod leftovers;
 mod links;
 mod planner;
 mod report;
+mod reuse;
 mod verify;
 mod window;
 
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod tests_target;
 
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -36,13 +47,14 @@ use crate::keys::{KeyError, Keyset, random};
 use crate::trees::{ChunkSource, Resolved, TreeError, TreeReader};
 
 use attributes::Attributes;
+use delete::Deleter;
 use directories::{Directory, Handles};
 use filter::Filter;
 use links::Links;
 use planner::Planner;
 use report::Issues;
 
-pub use report::{Progress, RestoreIssue, RestoreReport};
+pub use report::{Action, Listener, Progress, RestoreIssue, RestoreReport};
 
 /// Opened tree blocks kept, bytes.
 const TREE_CACHE_BYTES: usize = 32 << 20;
@@ -61,6 +73,20 @@ pub enum Overwrite {
     Never,
 }
 
+/// What `--delete` may delete. Names that an exclude pattern matches are never deleted, nor is anything outside of the
+/// target or on another file system.
+#[derive(Clone, Debug)]
+pub struct Deletion {
+    /// The paths that the snapshot was made of, raw, without leading `/`: only in them does it say what there was.
+    pub saved: Vec<Vec<u8>>,
+    /// The snapshot's error list: what could not be saved is not deleted.
+    pub errors: Option<ChunkId>,
+    /// (device, inode) of what is never deleted: the repository, this program's own directories.
+    pub keep: Vec<(u64, u64)>,
+    /// Directory for the names of huge directories; it must exist.
+    pub scratch: PathBuf,
+}
+
 /// What to restore, where to, and how.
 #[derive(Clone, Debug)]
 pub struct RestoreOptions {
@@ -74,6 +100,14 @@ pub struct RestoreOptions {
     pub exclude: Vec<String>,
     /// What happens to existing names.
     pub overwrite: Overwrite,
+    /// Change existing files where they differ instead of replacing them. Not those that have further hard links.
+    pub in_place: bool,
+    /// Make holes of runs of zeros in new files, even where the source had none.
+    pub sparse: bool,
+    /// Delete what the snapshot does not have.
+    pub delete: Option<Deletion>,
+    /// Change nothing; count and tell what would be done.
+    pub dry_run: bool,
     /// Read everything again afterwards and compare it with the snapshot.
     pub verify: bool,
     /// Look up owners by name on this machine first, by number only if the name is unknown.
@@ -84,6 +118,8 @@ pub struct RestoreOptions {
     pub window_bytes: u64,
     /// Counters that others may read meanwhile.
     pub progress: Arc<Progress>,
+    /// Is told what happens to each path.
+    pub listener: Listener,
     /// Set to stop soon.
     pub cancel: Arc<AtomicBool>,
 }
@@ -97,11 +133,16 @@ impl RestoreOptions {
             include: Vec::new(),
             exclude: Vec::new(),
             overwrite: Overwrite::default(),
+            in_place: false,
+            sparse: false,
+            delete: None,
+            dry_run: false,
             verify: false,
             owners_by_name: false,
             writers: 2,
             window_bytes: 128 << 20,
             progress: Arc::default(),
+            listener: Listener::default(),
             cancel: Arc::default(),
         }
     }
@@ -117,6 +158,18 @@ pub enum RestoreError {
         path: PathBuf,
         /// The system's answer.
         source: std::io::Error,
+    },
+    /// Another restore works in the target.
+    #[error("another restore is writing to {path}; nothing was restored: wait for it, or choose another target")]
+    Busy {
+        /// The directory.
+        path: PathBuf,
+    },
+    /// The options contradict each other, or would do more than is meant.
+    #[error("{reason}; nothing was restored or deleted")]
+    Refused {
+        /// Why.
+        reason: String,
     },
     /// An include or exclude pattern is malformed.
     #[error("the pattern `{pattern}` is malformed: {why}; nothing was restored")]
@@ -152,6 +205,7 @@ struct Restorer {
     attributes: Attributes,
     links: Links,
     issues: Issues,
+    deleter: Option<Deleter>,
     /// Random, so that temporary names meet nobody else's.
     temporary: String,
     temporaries: AtomicU64,
@@ -168,32 +222,78 @@ pub fn restore(
     let filter = Filter::new(&options.include, &options.exclude)?;
     let reader = TreeReader::new(source, TREE_CACHE_BYTES);
     let start = reader.resolve(root, &options.subpath).map_err(RestoreError::Path)?;
+    refuse_surprises(options, &start)?;
+    let deleter = options.delete.as_ref().map(|deletion| Deleter::new(deletion, &reader)).transpose()?;
     let failed = |source| RestoreError::Target { path: options.target.clone(), source };
-    let handles = Handles::open_target(&options.target).map_err(failed)?;
+    let handles = Handles::open_target(&options.target, options.dry_run).map_err(failed)?;
+    let _lock = take_target(&handles, options)?;
     let token = u64::from_le_bytes(random()?);
     let restorer = Restorer {
         reader,
         keyset: keyset.clone(),
         filter,
-        handles,
         attributes: Attributes::new(options.owners_by_name),
-        links: Links::new(format!(".strand-links-{token:016x}")),
+        links: Links::new(format!("{}{token:016x}", leftovers::LINKS_PREFIX)),
         issues: Issues::new(Arc::clone(&options.progress)),
-        temporary: format!(".strand-{token:016x}"),
+        deleter,
+        temporary: format!("{}{token:016x}", leftovers::PREFIX),
         temporaries: AtomicU64::new(0),
         options: options.clone(),
+        handles,
     };
-    let top = Directory::target();
+    let top = Directory::target(!restorer.handles.has_target());
     Planner::run(&restorer, &top, &start);
     restorer.links.remove(&restorer);
-    if options.verify && !restorer.stopped() {
+    if let Some(deleter) = restorer.deleter.as_ref().filter(|_| restorer.handles.has_target()) {
+        deleter.run(&restorer, &top, &start);
+    }
+    if options.verify && !options.dry_run && !restorer.stopped() {
         verify::run(&restorer, &top, &start);
     }
-    let report = restorer.issues.report(options.cancel.load(Ordering::Relaxed));
+    let mut report = restorer.issues.report(options.cancel.load(Ordering::Relaxed));
+    report.received = restorer.reader.source().received();
+    report.unmatched = restorer.filter.unmatched();
     match restorer.issues.fatal() {
         Some(reason) => Err(RestoreError::Lost { reason, report: Box::new(report) }),
         None => Ok(report),
     }
+}
+
+fn refuse_surprises(options: &RestoreOptions, start: &Resolved) -> Result<(), RestoreError> {
+    let refused = |reason: &str| Err(RestoreError::Refused { reason: reason.into() });
+    if options.in_place && options.sparse {
+        return refused("holes cannot be made in files that are changed in place: leave out --sparse or --in-place");
+    }
+    if options.delete.is_none() {
+        return Ok(());
+    }
+    if options.overwrite == Overwrite::Never {
+        return refused("to delete what the snapshot lacks and to leave whatever exists contradict each other");
+    }
+    if walkable(start).is_ok_and(|top| top.is_none()) {
+        return refused("a single file is restored: there is no directory in which to delete what the snapshot lacks");
+    }
+    let patterns = options.include.len() + options.exclude.len();
+    if patterns == 0 && options.target.canonicalize().is_ok_and(|target| target.parent().is_none()) {
+        return refused("deleting below `/` needs --include or --exclude to say what is meant");
+    }
+    Ok(())
+}
+
+/// Locks the target and removes what a killed restore has left in it.
+fn take_target(handles: &Handles, options: &RestoreOptions) -> Result<Option<OwnedFd>, RestoreError> {
+    if options.dry_run {
+        return Ok(None);
+    }
+    // A directory that cannot be read can be written all the same.
+    let Ok(target) = handles.open_readable(&Directory::target(false)) else { return Ok(None) };
+    let failed = |source: std::io::Error| match source.kind() {
+        std::io::ErrorKind::WouldBlock => RestoreError::Busy { path: options.target.clone() },
+        _ => RestoreError::Target { path: options.target.clone(), source },
+    };
+    let lock = leftovers::lock(target).map_err(failed)?;
+    lock.iter().for_each(leftovers::sweep);
+    Ok(lock)
 }
 
 impl Restorer {

@@ -2,19 +2,22 @@
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use crossbeam_channel::{Sender, bounded};
-use rustix::fs::{AtFlags, Dev, FileType, Mode};
+use rustix::fs::{AtFlags, Dev, FileType, Mode, OFlags};
 use rustix::io::Errno;
 use strandline_messages::format::tree::{Content, EntryNode};
 
 use super::attributes::Meta;
 use super::directories::{Directory, Made};
-use super::file_job::{FileJob, Layout, put_in_place};
+use super::file_job::{FileJob, put_in_place};
+use super::layout::Layout;
 use super::links::{LinkKey, Linking};
 use super::report::count;
+use super::reuse::{Old, Reuse};
 use super::window::{Draft, Target, Window};
-use super::{Overwrite, Restorer, walk_prefix, walkable};
+use super::{Action, Overwrite, Restorer, walk_prefix, walkable};
 use crate::trees::{DirEntry, Resolved, Step};
 
 pub(super) struct Planner<'a> {
@@ -33,6 +36,8 @@ enum Existing {
     Nothing,
     Left,
     Replaced,
+    /// A directory, where the snapshot has none.
+    Directory,
 }
 
 impl<'a> Planner<'a> {
@@ -65,7 +70,7 @@ impl<'a> Planner<'a> {
                 if let Some((_, inherited)) = self.stack.last_mut() {
                     *inherited = included;
                 }
-                let mut walk = self.restorer.reader.walk(directory, &prefix);
+                let mut walk = self.restorer.filter.walk(&self.restorer.reader, directory, &prefix);
                 while let Some(item) = walk.next().filter(|_| !self.restorer.stopped()) {
                     match item {
                         Ok((path, Step::Enter(entry))) => {
@@ -95,7 +100,10 @@ impl<'a> Planner<'a> {
         if filter.excludes(&path) {
             return false;
         }
-        let included = *inherited || filter.includes(&path);
+        let included = filter.includes(&path) || *inherited;
+        if !included && !filter.leads_to_something(&path) {
+            return false;
+        }
         let directory = Directory::below(parent, Meta::new(path, entry));
         if included && directory.ensure(self.restorer) != Made::Yes {
             directory.release(self.restorer);
@@ -108,7 +116,7 @@ impl<'a> Planner<'a> {
     fn entry(&mut self, path: Vec<u8>, entry: &DirEntry) {
         let filter = &self.restorer.filter;
         let Some((directory, inherited)) = self.stack.last() else { return };
-        if filter.excludes(&path) || !(*inherited || filter.includes(&path)) {
+        if filter.excludes(&path) || !(filter.includes(&path) || *inherited) {
             return;
         }
         let directory = Arc::clone(directory);
@@ -123,21 +131,21 @@ impl<'a> Planner<'a> {
 
     fn place(&mut self, directory: &Arc<Directory>, meta: Meta, entry: &DirEntry) -> std::io::Result<()> {
         let restorer = self.restorer;
-        let handle = restorer.handles.open(directory)?;
         let key = (entry.entry.links > 1).then_some(LinkKey {
             device: entry.entry.device,
             inode: entry.entry.inode,
             links: entry.entry.links,
         });
-        let existing = if directory.is_fresh() { Existing::Nothing } else { self.existing(&handle, entry)? };
+        let existing = if directory.is_fresh() { Existing::Nothing } else { self.existing(directory, entry)? };
         if existing == Existing::Left {
-            count(&restorer.issues.progress.left);
-            // An unchanged file is the snapshot's; one that is left whatever it is may be anything: nothing is linked to it.
-            if let Some(key) = key.filter(|_| restorer.options.overwrite == Overwrite::IfChanged)
-                && matches!(restorer.links.begin_left(key), Linking::First)
-            {
-                restorer.links.first_is_done(restorer, key, directory, &meta, true);
-            }
+            self.leave(directory, &meta, key);
+            return Ok(());
+        }
+        if existing == Existing::Directory {
+            self.clear(directory, &meta)?;
+        }
+        if restorer.options.dry_run {
+            self.pretend(&meta, entry);
             return Ok(());
         }
         if let Some(key) = key
@@ -146,19 +154,107 @@ impl<'a> Planner<'a> {
             return Ok(());
         }
         if let EntryNode::File { size, content, holes } = &entry.entry.node {
-            let job = FileJob::new(restorer, directory, meta, Layout::new(*size, holes), key);
-            self.file(&job, entry, content);
+            let layout = Layout::new(*size, holes);
+            let mut old = self.old(directory, &existing, entry, content);
+            let same = old.as_mut().is_some_and(|old| old.can_stay && self.is_same(old, &layout, entry));
+            let in_place = |old: &&Old| restorer.options.in_place && old.can_stay && self.is_writable(directory, &meta);
+            let identity = old.as_ref().filter(|old| same || in_place(old)).map(|old| old.identity);
+            let job = FileJob::new(restorer, directory, meta, layout, key, identity);
+            if same {
+                restorer.issues.progress.bytes_reused.fetch_add(job.layout.content, Ordering::Relaxed);
+                job.release(restorer, None);
+            } else {
+                self.file(&job, entry, content, old);
+            }
             return Ok(());
         }
+        let handle = restorer.handles.open(directory)?;
         let made = self.special(directory, &handle, &meta, entry);
         if let Some(key) = key {
             restorer.links.first_is_done(restorer, key, directory, &meta, made.is_ok());
         }
-        made.map(|()| count(&restorer.issues.progress.others))
+        made.map(|()| {
+            count(&restorer.issues.progress.others);
+            restorer.options.listener.tell(Action::Restored, &meta.path);
+        })
     }
 
-    fn existing(&self, handle: &OwnedFd, entry: &DirEntry) -> std::io::Result<Existing> {
+    /// What exists stays.
+    fn leave(&self, directory: &Arc<Directory>, meta: &Meta, key: Option<LinkKey>) {
+        let restorer = self.restorer;
+        count(&restorer.issues.progress.left);
+        restorer.options.listener.tell(Action::Left, &meta.path);
+        let changes = restorer.options.overwrite == Overwrite::IfChanged && !restorer.options.dry_run;
+        // An unchanged file is the snapshot's; one that is left whatever it is may be anything: nothing is linked to it.
+        if let Some(key) = key.filter(|_| changes)
+            && matches!(restorer.links.begin_left(key), Linking::First)
+        {
+            restorer.links.first_is_done(restorer, key, directory, meta, true);
+        }
+    }
+
+    /// A directory is in the place of something else: it is not what the snapshot has.
+    fn clear(&self, directory: &Arc<Directory>, meta: &Meta) -> std::io::Result<()> {
+        let Some(deleter) = &self.restorer.deleter else { return Err(Errno::ISDIR.into()) };
+        let handle = self.restorer.handles.open_readable(directory)?;
+        let device = rustix::fs::fstat(&handle)?.st_dev;
+        match deleter.remove(self.restorer, &handle, Some(device), &meta.name, meta.path.clone(), 0) {
+            Ok(true) => Ok(()),
+            Ok(false) => Err(Errno::NOTEMPTY.into()),
+            Err((path, error)) => {
+                self.restorer.issues.add(&path, format!("it cannot be deleted: {error}"));
+                Err(Errno::NOTEMPTY.into())
+            }
+        }
+    }
+
+    /// Counts what a dry run does not do. Further hard links count as files.
+    fn pretend(&self, meta: &Meta, entry: &DirEntry) {
+        let progress = &self.restorer.issues.progress;
+        if let EntryNode::File { size, holes, .. } = &entry.entry.node {
+            count(&progress.files);
+            progress.bytes.fetch_add(Layout::new(*size, holes).content, Ordering::Relaxed);
+        } else {
+            count(&progress.others);
+        }
+        self.restorer.options.listener.tell(Action::Restored, &meta.path);
+    }
+
+    /// The existing file, if its content may be of use.
+    fn old(&self, directory: &Arc<Directory>, existing: &Existing, entry: &DirEntry, content: &Content) -> Option<Old> {
+        if *existing != Existing::Replaced || matches!(content, Content::Inline(_)) {
+            return None;
+        }
+        let handle = self.restorer.handles.open(directory).ok()?;
+        Old::open(&handle, &entry.entry.name)
+    }
+
+    /// Whether the existing file can be written to: not if it is a program that runs.
+    fn is_writable(&self, directory: &Arc<Directory>, meta: &Meta) -> bool {
+        let flags = OFlags::WRONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        let handle = self.restorer.handles.open(directory);
+        handle.is_ok_and(|handle| rustix::fs::openat(&*handle, meta.name.as_slice(), flags, Mode::empty()).is_ok())
+    }
+
+    /// Whether the file has the snapshot's content. Reads up to the first difference.
+    fn is_same(&self, old: &mut Old, layout: &Layout, entry: &DirEntry) -> bool {
+        if old.size != layout.size || !old.has_holes_of(layout) {
+            return false;
+        }
+        let mut offset = 0u64;
+        for piece in self.restorer.reader.pieces(entry) {
+            let Ok(piece) = piece else { return false };
+            if self.restorer.stopped() || old.piece(&self.restorer.keyset, layout, offset, piece).is_none() {
+                return false;
+            }
+            offset = offset.saturating_add(piece.1.into());
+        }
+        offset == layout.content
+    }
+
+    fn existing(&self, directory: &Arc<Directory>, entry: &DirEntry) -> std::io::Result<Existing> {
         let entry = &entry.entry;
+        let handle = &*self.restorer.handles.open(directory)?;
         let stat = match rustix::fs::statat(handle, entry.name.as_slice(), AtFlags::SYMLINK_NOFOLLOW) {
             Ok(stat) => stat,
             Err(Errno::NOENT) => return Ok(Existing::Nothing),
@@ -172,6 +268,9 @@ impl<'a> Planner<'a> {
             }
             (EntryNode::Symlink { target }, FileType::Symlink) => {
                 rustix::fs::readlinkat(handle, entry.name.as_slice(), Vec::new())?.as_bytes() == target.as_slice()
+            }
+            (_, FileType::Directory) if self.restorer.options.overwrite != Overwrite::Never => {
+                return Ok(Existing::Directory);
             }
             _ => false,
         };
@@ -212,7 +311,7 @@ impl<'a> Planner<'a> {
         })
     }
 
-    fn file(&mut self, job: &Arc<FileJob>, entry: &DirEntry, content: &Content) {
+    fn file(&mut self, job: &Arc<FileJob>, entry: &DirEntry, content: &Content, old: Option<Old>) {
         let restorer = self.restorer;
         if let Content::Inline(bytes) = content {
             let written = job.open(restorer).and_then(|handle| {
@@ -226,12 +325,16 @@ impl<'a> Planner<'a> {
             }
             return job.release(restorer, None);
         }
+        let mut reuse = old.map(|old| Reuse::new(restorer, job, old));
         let mut offset = 0u64;
         for piece in restorer.reader.pieces(entry) {
             match piece {
                 Ok((id, bytes)) => {
-                    job.hold();
-                    self.draft.add(id, Target { file: Arc::clone(job), offset, bytes });
+                    let reused = reuse.as_mut().is_some_and(|reuse| reuse.piece(restorer, job, offset, (id, bytes)));
+                    if !reused {
+                        job.hold();
+                        self.draft.add(id, Target { file: Arc::clone(job), offset, bytes });
+                    }
                     offset = offset.saturating_add(bytes.into());
                 }
                 Err(error) => {

@@ -6,8 +6,46 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::Mutex;
 
+use crate::trees::Received;
+
 /// Most problems kept word by word; all are counted.
 const ISSUES_MAX: usize = 10_000;
+
+/// What happened to a path.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Action {
+    /// It is as in the snapshot now.
+    Restored,
+    /// It was there and was left.
+    Left,
+    /// It is not in the snapshot and was deleted.
+    Deleted,
+}
+
+type Tell = dyn Fn(Action, &[u8]) + Send + Sync;
+
+/// Takes paths, raw and without leading `/`, as they are done; in a dry run, as they would be. Called from several threads.
+#[derive(Clone, Default)]
+pub struct Listener(Option<Arc<Tell>>);
+
+impl Listener {
+    /// Calls `tell`.
+    pub fn new(tell: impl Fn(Action, &[u8]) + Send + Sync + 'static) -> Self {
+        Self(Some(Arc::new(tell)))
+    }
+
+    pub(super) fn tell(&self, action: Action, path: &[u8]) {
+        if let Some(tell) = &self.0 {
+            tell(action, path);
+        }
+    }
+}
+
+impl std::fmt::Debug for Listener {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Listener(…)")
+    }
+}
 
 /// Counters of a running restore.
 #[derive(Debug, Default)]
@@ -22,8 +60,12 @@ pub struct Progress {
     pub hard_links: AtomicU64,
     /// Content bytes written.
     pub bytes: AtomicU64,
+    /// Content bytes that existing files held already, so that they were not fetched.
+    pub bytes_reused: AtomicU64,
     /// Existing names left as they were.
     pub left: AtomicU64,
+    /// Names deleted because the snapshot does not have them.
+    pub deleted: AtomicU64,
     /// Owners not set for want of privilege.
     pub owners_skipped: AtomicU64,
     /// Extended attributes not set for want of privilege or support.
@@ -64,8 +106,12 @@ pub struct RestoreReport {
     pub hard_links: u64,
     /// Content bytes written.
     pub bytes: u64,
+    /// Content bytes that existing files held already, so that they were not fetched.
+    pub bytes_reused: u64,
     /// Existing names left as they were.
     pub left: u64,
+    /// Names deleted because the snapshot does not have them.
+    pub deleted: u64,
     /// Owners not set for want of privilege.
     pub owners_skipped: u64,
     /// Extended attributes not set for want of privilege or support.
@@ -78,6 +124,10 @@ pub struct RestoreReport {
     pub issues: Vec<RestoreIssue>,
     /// Stopped by the cancel flag.
     pub cancelled: bool,
+    /// What was fetched for it, blocks of directories included. Blocks come whole, however little of one is wanted.
+    pub received: Received,
+    /// Include patterns that match nothing in the snapshot.
+    pub unmatched: Vec<String>,
 }
 
 /// Collects problems.
@@ -137,13 +187,17 @@ impl Issues {
             others: read(&progress.others),
             hard_links: read(&progress.hard_links),
             bytes: read(&progress.bytes),
+            bytes_reused: read(&progress.bytes_reused),
             left: read(&progress.left),
+            deleted: read(&progress.deleted),
             owners_skipped: read(&progress.owners_skipped),
             attributes_skipped: read(&progress.attributes_skipped),
             verified: read(&progress.verified),
             issues_total: read(&progress.issues),
             issues: self.kept.lock().clone(),
             cancelled,
+            received: Received::default(),
+            unmatched: Vec::new(),
         }
     }
 }

@@ -14,56 +14,56 @@ use tempfile::TempDir;
 use super::*;
 use crate::trees::memory::{DirMaker, MemoryRepository, MemorySource};
 
-struct Case {
-    keyset: Keyset,
-    source: Arc<MemorySource>,
-    root: ChunkId,
-    options: RestoreOptions,
-    target: TempDir,
+pub(super) struct Case {
+    pub(super) keyset: Keyset,
+    pub(super) source: Arc<MemorySource>,
+    pub(super) root: ChunkId,
+    pub(super) options: RestoreOptions,
+    pub(super) target: TempDir,
 }
 
 impl Case {
-    fn new(mut repo: MemoryRepository, root: DirMaker) -> Self {
+    pub(super) fn new(mut repo: MemoryRepository, root: DirMaker) -> Self {
         let root = root.finish(&mut repo);
         Self::at(repo, root)
     }
 
-    fn at(repo: MemoryRepository, root: ChunkId) -> Self {
+    pub(super) fn at(repo: MemoryRepository, root: ChunkId) -> Self {
         let target = tempfile::tempdir().unwrap();
         let keyset = repo.keyset.clone();
         let options = RestoreOptions::new(target.path().to_owned());
         Self { keyset, source: repo.finish(), root, options, target }
     }
 
-    fn try_run(&self) -> Result<RestoreReport, RestoreError> {
+    pub(super) fn try_run(&self) -> Result<RestoreReport, RestoreError> {
         // Counters belong to one run.
         let options = RestoreOptions { progress: Arc::default(), ..self.options.clone() };
         restore(Arc::<MemorySource>::clone(&self.source), &self.keyset, self.root, &options)
     }
 
-    fn run(&self) -> RestoreReport {
+    pub(super) fn run(&self) -> RestoreReport {
         let report = self.try_run().unwrap();
         assert_eq!(leftovers(self.target.path()), Vec::<String>::new());
         report
     }
 
-    fn run_clean(&self) -> RestoreReport {
+    pub(super) fn run_clean(&self) -> RestoreReport {
         let report = self.run();
         assert_eq!(report.issues, []);
         report
     }
 
-    fn path(&self, path: &str) -> PathBuf {
+    pub(super) fn path(&self, path: &str) -> PathBuf {
         self.target.path().join(path)
     }
 
-    fn read(&self, path: &str) -> Vec<u8> {
+    pub(super) fn read(&self, path: &str) -> Vec<u8> {
         fs::read(self.path(path)).unwrap()
     }
 }
 
 /// All names below a directory, sorted.
-fn names(dir: &Path) -> Vec<String> {
+pub(super) fn names(dir: &Path) -> Vec<String> {
     let mut found = Vec::new();
     let mut open = vec![dir.to_owned()];
     while let Some(current) = open.pop() {
@@ -79,18 +79,18 @@ fn names(dir: &Path) -> Vec<String> {
     found
 }
 
-fn leftovers(dir: &Path) -> Vec<String> {
+pub(super) fn leftovers(dir: &Path) -> Vec<String> {
     names(dir).into_iter().filter(|name| name.contains(".strand-")).collect()
 }
 
-fn noise(bytes: usize) -> Vec<u8> {
+pub(super) fn noise(bytes: usize) -> Vec<u8> {
     let mut noise = vec![0; bytes];
     getrandom::fill(&mut noise).unwrap();
     noise
 }
 
 /// keep/ (one.txt, two.bin, deep/ (three.txt)), other.txt
-fn small() -> Case {
+pub(super) fn small() -> Case {
     let mut repo = MemoryRepository::new();
     let mut deep = DirMaker::default();
     deep.file(&mut repo, b"three.txt", b"three", 2);
@@ -596,6 +596,8 @@ fn a_lost_repository_ends_the_restore_and_leaves_no_half_files() {
     let mut case = small();
     case.options.window_bytes = 1;
     for fetches in 0..6 {
+        // What earlier rounds restored would be reused.
+        let _ = fs::remove_dir_all(case.path("keep"));
         case.source.fetches.store(0, SeqCst);
         case.source.lost_after.store(fetches, SeqCst);
         let error = case.try_run().unwrap_err();

@@ -2,7 +2,6 @@
 
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use rustix::fs::{Advice, FileType, Mode, OFlags};
@@ -11,7 +10,7 @@ use strandline_messages::format::tree::{Content, EntryNode};
 
 use super::attributes::Meta;
 use super::directories::Directory;
-use super::file_job::Layout;
+use super::layout::Layout;
 use super::report::count;
 use super::{Overwrite, Restorer, walk_prefix, walkable};
 use crate::trees::{DirEntry, Resolved, Step};
@@ -37,7 +36,7 @@ pub(super) fn run(restorer: &Restorer, top: &Arc<Directory>, start: &Resolved) {
         _ => return,
     };
     let mut stack = vec![(Arc::clone(top), filter.includes_from_above(&prefix))];
-    let mut walk = restorer.reader.walk(directory, &prefix);
+    let mut walk = filter.walk(&restorer.reader, directory, &prefix);
     while let Some(item) = walk.next().filter(|_| !restorer.stopped()) {
         let Some((parent, inherited)) = stack.last() else { return };
         match item {
@@ -46,7 +45,11 @@ pub(super) fn run(restorer: &Restorer, top: &Arc<Directory>, start: &Resolved) {
                     walk.skip_directory();
                     continue;
                 }
-                let included = *inherited || filter.includes(&path);
+                let included = filter.includes(&path) || *inherited;
+                if !included && !filter.leads_to_something(&path) {
+                    walk.skip_directory();
+                    continue;
+                }
                 stack.push((Directory::below(parent, Meta::new(path, &entry)), included));
             }
             Ok((_, Step::Leave)) => {
@@ -104,33 +107,23 @@ fn check(restorer: &Restorer, directory: &Arc<Directory>, entry: &DirEntry) -> i
     let file = File::from(opened);
     let layout = Layout::new(*size, holes);
     if let Content::Inline(expected) = content {
-        let found = read(&file, &layout, 0, expected.len())?;
+        let mut found = vec![0; expected.len()];
+        layout.read(&file, 0, &mut found)?;
         return Ok(if found == *expected { Checked::Right } else { Checked::Wrong("its bytes differ".into()) });
     }
     let mut offset = 0u64;
+    let mut found = Vec::new();
     for piece in restorer.reader.pieces(entry) {
         let (id, bytes) = match piece {
             Ok(piece) => piece,
             Err(error) => return Ok(Checked::Wrong(error.to_string())),
         };
-        let found = read(&file, &layout, offset, bytes as usize)?;
+        found.resize(bytes as usize, 0);
+        layout.read(&file, offset, &mut found)?;
         if restorer.keyset.chunk_id(ChunkKind::Data, &found, &[]) != id {
             return Ok(Checked::Wrong(format!("{bytes} bytes at {offset} of its content differ")));
         }
         offset = offset.saturating_add(bytes.into());
     }
     Ok(Checked::Right)
-}
-
-/// Reads bytes of the content stream; a chunk at most.
-fn read(file: &File, layout: &Layout, offset: u64, bytes: usize) -> io::Result<Vec<u8>> {
-    let mut buffer = vec![0; bytes];
-    let mut rest = buffer.as_mut_slice();
-    for (place, length) in layout.parts(offset, bytes as u64) {
-        let length = usize::try_from(length).unwrap_or(usize::MAX).min(rest.len());
-        let (part, after) = rest.split_at_mut(length);
-        file.read_exact_at(part, place)?;
-        rest = after;
-    }
-    Ok(buffer)
 }

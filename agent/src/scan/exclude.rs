@@ -29,9 +29,15 @@ pub struct Excludes {
 impl Excludes {
     /// Compiles `patterns`, in order.
     pub fn new(patterns: &[String]) -> Result<Self, PatternError> {
+        Self::with_insensitive(patterns, &[])
+    }
+
+    /// Compiles `patterns`, then `insensitive` ones, for which upper and lower case are the same.
+    pub fn with_insensitive(patterns: &[String], insensitive: &[String]) -> Result<Self, PatternError> {
         let mut builder = GlobSetBuilder::new();
-        let mut again = Vec::with_capacity(patterns.len());
-        for pattern in patterns {
+        let mut again = Vec::with_capacity(patterns.len() + insensitive.len());
+        let all = patterns.iter().map(|pattern| (pattern, false));
+        for (pattern, folds) in all.chain(insensitive.iter().map(|pattern| (pattern, true))) {
             let refused = |why: String| PatternError { pattern: pattern.clone(), why };
             let (negated, text) = match pattern.strip_prefix('!') {
                 Some(rest) => (true, rest),
@@ -42,7 +48,7 @@ impl Excludes {
                 return Err(refused("it is empty".into()));
             }
             let anchored = if text.starts_with('/') { text.to_owned() } else { format!("**/{text}") };
-            let glob = GlobBuilder::new(&anchored).literal_separator(true).build();
+            let glob = GlobBuilder::new(&anchored).literal_separator(true).case_insensitive(folds).build();
             builder.add(glob.map_err(|error| refused(error.to_string()))?);
             again.push(negated);
         }
@@ -85,6 +91,8 @@ mod tests {
             assert_eq!(excludes(&[pattern]).matches(path.as_bytes()), excluded, "{pattern} {path}");
         }
         assert!(excludes(&["*.o"]).matches(b"/a/\xff\n.o"));
+        let folding = Excludes::with_insensitive(&["*.o".into()], &["*.JPG".into()]).unwrap();
+        assert!(folding.matches(b"/a/x.Jpg") && folding.matches(b"/a/x.o") && !folding.matches(b"/a/x.O"));
         assert!(!excludes(&["*.o", "!keep.o"]).matches(b"/a/keep.o"));
         assert!(Excludes::new(&["[".into()]).is_err());
         assert!(Excludes::new(&[String::new()]).is_err());

@@ -9,7 +9,9 @@
 pub mod dir;
 pub mod exclude;
 pub mod flush;
+pub mod ignore_file;
 pub mod list;
+pub mod markers;
 pub mod meta;
 pub mod names;
 pub mod owners;

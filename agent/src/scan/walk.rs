@@ -1,6 +1,6 @@
 //! The walk itself: a stack of directories, their names taken in order, subdirectories listed ahead by worker threads.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::os::fd::AsFd;
 use std::path::Path;
 use std::sync::Arc;
@@ -11,7 +11,9 @@ use rustix::io::Errno;
 use super::ScanEvent;
 use super::dir::{Dir, DirPool, OPEN_DIRECTORIES_MAX};
 use super::exclude::Excludes;
+use super::ignore_file::Rules;
 use super::list::{ListContext, ListError, Listing, Lookahead, STAT_BATCH, Scanned, stat_all};
+use super::markers::Marker;
 use super::meta::{Meta, stat_at};
 use super::names::{Name, Names};
 use super::roots::RootNode;
@@ -30,6 +32,12 @@ pub struct WalkPlan {
     pub roots: Arc<RootNode>,
     /// What to leave out.
     pub excludes: Excludes,
+    /// Of a directory with one of these, only the marker is saved.
+    pub markers: Vec<Marker>,
+    /// Longer files are left out, bytes.
+    pub larger_than: Option<u64>,
+    /// Name of files in the source that say what to leave out around them.
+    pub ignore_file: Option<Vec<u8>>,
     /// Save directories that are on another file system than their root as empty.
     pub one_file_system: bool,
     /// (device, inode) of directories and files that are never saved: the repository, the agent's own state.
@@ -70,6 +78,7 @@ struct Frame {
     below: Below,
     root_device: u64,
     path_bytes: usize,
+    rules: Option<Rules>,
 }
 
 /// A walk in progress. `next()` gives one event after the other, `None` at the end.
@@ -122,9 +131,23 @@ impl Walker {
     }
 
     fn push(&mut self, listing: Listing, given: Option<Arc<RootNode>>, root_device: u64) {
+        let marked: Vec<_> = self.plan.markers.iter().filter(|marker| marker.is_in(&listing.dir)).collect();
+        let (names, first) = if marked.is_empty() {
+            (Some(listing.names), listing.first)
+        } else {
+            let given = given.iter().flat_map(|given| given.children.keys());
+            let kept: BTreeSet<Name> = marked
+                .iter()
+                .map(|marker| marker.name.as_slice())
+                .chain(given.map(Vec::as_slice))
+                .map(Name::from)
+                .collect();
+            (None, stat_all(&listing.dir, kept.into_iter().collect()))
+        };
+        let rules = self.rules_of(&listing.dir);
         let mut frame = Frame {
             dir: listing.dir,
-            names: Some(listing.names),
+            names,
             ahead: VecDeque::new(),
             ready: VecDeque::new(),
             listings_ahead: 0,
@@ -132,9 +155,39 @@ impl Walker {
             below: Below::Everything,
             root_device,
             path_bytes: self.path.len(),
+            rules,
         };
-        self.accept(&mut frame, listing.first);
+        self.accept(&mut frame, first);
         self.frames.push(frame);
+    }
+
+    fn rules_of(&self, dir: &Arc<Dir>) -> Option<Rules> {
+        let name = self.plan.ignore_file.as_ref()?;
+        let (rules, problems) = Rules::read(dir, name);
+        for problem in problems {
+            let path = String::from_utf8_lossy(&dir.path_of(name)).into_owned();
+            tracing::warn!(path, "{problem}");
+        }
+        rules
+    }
+
+    /// Whether a file in the source says that `name` in the frame's directory is left out. The deepest one decides.
+    fn ignored(&mut self, frame: &Frame, name: &[u8], is_dir: bool) -> bool {
+        if self.plan.ignore_file.is_none() {
+            return false;
+        }
+        if let Some(decision) = frame.rules.as_ref().and_then(|rules| rules.decide(name, is_dir)) {
+            return decision;
+        }
+        self.path.truncate(frame.path_bytes);
+        self.path.push(b'/');
+        self.path.extend_from_slice(name);
+        let decided = self.frames.iter().rev().find_map(|above| {
+            let relative = self.path.get(above.path_bytes + 1..)?;
+            above.rules.as_ref()?.decide(relative, is_dir)
+        });
+        self.path.truncate(frame.path_bytes);
+        decided.unwrap_or(false)
     }
 
     fn push_given(&mut self, dir: Arc<Dir>, given: Option<Arc<RootNode>>) {
@@ -150,6 +203,7 @@ impl Walker {
             below: Below::GivenPathsOnly,
             root_device: device,
             path_bytes: self.path.len(),
+            rules: None,
         };
         let fd = frame.dir.fd();
         let mut scanned = Vec::new();
@@ -184,6 +238,10 @@ impl Walker {
                 }
             };
             if self.plan.skip.contains(&(meta.device, meta.inode)) {
+                continue;
+            }
+            let is_too_large = meta.is_file() && self.plan.larger_than.is_some_and(|limit| meta.size > limit);
+            if given.is_none() && (is_too_large || self.ignored(frame, &name, meta.is_dir())) {
                 continue;
             }
             if let Some(given) = &given {

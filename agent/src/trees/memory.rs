@@ -13,7 +13,7 @@ use strandline_messages::format::tree::{
 };
 use strandline_messages::{ChunkId, ChunkKind, RepositoryId};
 
-use super::{ChunkSource, FetchError, Fetched};
+use super::{ChunkSource, FetchError, Fetched, Received};
 use crate::keys::Keyset;
 use crate::seal::{Opener, Sealer};
 
@@ -34,6 +34,7 @@ pub(crate) struct MemorySource {
     places: Mutex<HashMap<ChunkId, usize>>,
     /// How many fetches there were.
     pub(crate) fetches: AtomicUsize,
+    received: Mutex<Received>,
     /// After how many fetches the connection is lost.
     pub(crate) lost_after: AtomicUsize,
 }
@@ -49,6 +50,11 @@ impl MemoryRepository {
             blocks: Vec::new(),
             places: HashMap::new(),
         }
+    }
+
+    /// Every chunk in a block of its own, so that each can be had or missed alone.
+    pub(crate) fn one_chunk_per_block() -> Self {
+        Self { chunks_per_block: 1, ..Self::new() }
     }
 
     /// Stores a chunk under its own id.
@@ -111,6 +117,7 @@ impl MemoryRepository {
             blocks: Mutex::new(self.blocks),
             places: Mutex::new(self.places),
             fetches: AtomicUsize::new(0),
+            received: Mutex::default(),
             lost_after: AtomicUsize::new(usize::MAX),
         })
     }
@@ -127,6 +134,11 @@ impl ChunkSource for MemorySource {
         let (sender, receiver) = bounded(2);
         let blocks = self.blocks.lock();
         let blocks: Vec<_> = numbers.iter().map(|number| (*number, blocks[*number].clone())).collect();
+        {
+            let mut received = self.received.lock();
+            received.blocks += blocks.len() as u64;
+            received.bytes += blocks.iter().map(|(_, block)| block.len() as u64).sum::<u64>();
+        }
         let opener = self.opener.clone();
         std::thread::spawn(move || {
             if !missing.is_empty() {
@@ -144,6 +156,10 @@ impl ChunkSource for MemorySource {
             }
         });
         Ok(receiver)
+    }
+
+    fn received(&self) -> Received {
+        *self.received.lock()
     }
 }
 

@@ -6,6 +6,7 @@
 mod block_cache;
 mod listing;
 mod reader;
+mod seek;
 mod source;
 mod walk;
 
@@ -22,8 +23,9 @@ use crate::seal::OpenError;
 
 pub use listing::{DirEntry, Entries, Pieces, SourceErrors};
 pub use reader::{Node, Resolved, TreeReader};
-pub use source::{ChunkSource, FetchError, Fetched};
-pub use walk::{Step, Walk, WalkError};
+pub use seek::{Leaf, UnreadablePart};
+pub use source::{ChunkSource, FetchError, Fetched, Received};
+pub use walk::{DEPTH_MAX, Step, Walk, WalkError};
 
 /// Why a part of a snapshot's tree cannot be read.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

@@ -37,6 +37,8 @@ pub struct Node {
     pub node: TreeNodeV1,
     /// What its positions point into.
     pub references: Arc<[Reference]>,
+    /// Length of the chunk's plaintext.
+    pub bytes: usize,
 }
 
 /// Where a path leads.
@@ -69,7 +71,7 @@ impl TreeReader {
         let chunk = block.chunk(row)?;
         let node = TreeNodeV1::decode(chunk.bytes, chunk.references.len())
             .map_err(|error| TreeError::Format { node: id, error })?;
-        Ok(Node { id, node, references: chunk.references.into() })
+        Ok(Node { id, node, references: chunk.references.into(), bytes: chunk.bytes.len() })
     }
 
     fn fetch(&self, id: ChunkId, ahead: &[ChunkId]) -> Result<(Arc<OpenedBlock>, usize), TreeError> {

@@ -21,6 +21,20 @@ pub type Fetched = Receiver<Result<Arc<OpenedBlock>, FetchError>>;
 pub trait ChunkSource: Send + Sync {
     /// Starts to fetch `wanted`.
     fn fetch(&self, wanted: Vec<ChunkId>) -> Result<Fetched, FetchError>;
+
+    /// What has come so far, to whoever shares the source. Nothing, if the source does not count.
+    fn received(&self) -> Received {
+        Received::default()
+    }
+}
+
+/// Blocks that came, sealed as they are in the repository.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Received {
+    /// How many.
+    pub blocks: u64,
+    /// Their bytes.
+    pub bytes: u64,
 }
 
 /// Why chunks did not come.

@@ -36,6 +36,7 @@ pub struct Walk {
     reader: TreeReader,
     path: Vec<u8>,
     frames: Vec<Frame>,
+    fetches_ahead: bool,
 }
 
 struct Frame {
@@ -47,7 +48,19 @@ struct Frame {
 impl Walk {
     pub(super) fn new(reader: TreeReader, directory: ChunkId, path: &[u8]) -> Self {
         let entries = reader.entries(directory);
-        Self { reader, path: path.to_vec(), frames: vec![Frame { entries, parent_bytes: path.len() }] }
+        Self {
+            reader,
+            path: path.to_vec(),
+            frames: vec![Frame { entries, parent_bytes: path.len() }],
+            fetches_ahead: true,
+        }
+    }
+
+    /// Fetches no directories ahead: for a walk that skips most of them.
+    #[must_use]
+    pub fn selective(mut self) -> Self {
+        self.fetches_ahead = false;
+        self
     }
 
     /// Called after [`Step::Enter`]: neither the directory's entries nor its [`Step::Leave`] will follow.
@@ -68,7 +81,8 @@ impl Walk {
         if self.frames.len() >= DEPTH_MAX {
             return Err(WalkError { path, error: Box::new(TreeError::TooDeep { max: DEPTH_MAX }) });
         }
-        let ahead = self.frames.last().map(|frame| frame.entries.directories_ahead()).unwrap_or_default();
+        let above = self.frames.last().filter(|_| self.fetches_ahead);
+        let ahead = above.map(|frame| frame.entries.directories_ahead()).unwrap_or_default();
         let entries = self.reader.entries(top).with_ahead(ahead);
         self.frames.push(Frame { entries, parent_bytes: self.path.len() });
         self.path.clone_from(&path);

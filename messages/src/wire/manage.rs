@@ -84,8 +84,10 @@ pub enum Operation {
         /// Which.
         subset: ScrubSubset,
     },
-    /// The blocks that are partly dead, in the order of packs and offsets, those that waste most first.
+    /// The blocks that the last collection found partly dead, those that waste most first.
     ListPartlyDead {
+        /// So many of them are known already.
+        skip: u32,
         /// At most so many.
         limit: u32,
     },
@@ -215,10 +217,12 @@ pub struct ScrubReport {
     pub blocks: u64,
     /// Bytes read.
     pub bytes: u64,
-    /// Blocks withdrawn now, for people; at most `limits::DAMAGE_ROWS_MAX`.
+    /// Blocks withdrawn now, and headers and footers that are damaged, for people; at most `limits::DAMAGE_ROWS_MAX`.
     pub damaged: Vec<String>,
     /// How many were withdrawn now.
     pub damaged_blocks: u64,
+    /// Packs whose header or footer is damaged; their blocks are found without.
+    pub damaged_packs: u64,
     /// Blocks that had been withdrawn before.
     pub withdrawn_before: u64,
     /// Snapshots that cannot be restored completely, now or since earlier; at most `limits::DAMAGE_ROWS_MAX`.

@@ -104,7 +104,8 @@ pub fn change_setting(settings: &RepositorySettings, key: &str, value: &str) -> 
         return if value == "none" {
             Ok(RepositorySettings { retention: None, ..settings.clone() })
         } else {
-            Err("`retention=none` removes the policy; its rules are set one by one, as in `retention.keep_daily=7`".to_owned())
+            Err("`retention=none` removes the policy; its rules are set one by one, as in `retention.keep_daily=7`"
+                .to_owned())
         };
     }
     let mut object = serde_json::to_value(settings).map_err(|error| error.to_string())?;
@@ -142,7 +143,8 @@ fn change_policy(settings: &RepositorySettings, rule: &str, value: &str) -> Resu
     if let Some(rules) = object.as_object_mut() {
         rules.insert(rule.to_owned(), new);
     }
-    let policy: Policy = serde_json::from_value(object).map_err(|error| format!("`retention.{rule}={value}`: {error}"))?;
+    let policy: Policy =
+        serde_json::from_value(object).map_err(|error| format!("`retention.{rule}={value}`: {error}"))?;
     if policy.group_by.contains(&GroupBy::Paths) {
         return Err("a server cannot see paths: group by host, job or tags".to_owned());
     }

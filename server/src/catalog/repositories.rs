@@ -61,6 +61,20 @@ impl Catalog {
         query.fetch_one(self.pool()).await.map(unsigned).map_err(sql("read a repository"))
     }
 
+    /// Makes every condemned block live again: for a start, before anything relies on states. A power cut may have taken back the
+    /// transaction that revived a block for a commit, but not the snapshot's files. Reviving is always safe: what is still not
+    /// needed is condemned again.
+    pub(crate) async fn revive_all(&self, repository: i64) -> Result<(), CatalogError> {
+        let doing = "revive blocks";
+        let mut transaction = self.begin().await?;
+        sqlx::query("DELETE FROM block_states WHERE repository = ? AND state = 'condemned'")
+            .bind(repository)
+            .execute(&mut **transaction)
+            .await
+            .map_err(sql(doing))?;
+        transaction.commit().await.map_err(sql(doing))
+    }
+
     /// The blocks that are condemned or being freed.
     pub(crate) async fn block_states(&self, repository: i64) -> Result<HashMap<BlockPlace, BlockState>, CatalogError> {
         let rows: Vec<(i64, i64, String, i64)> =

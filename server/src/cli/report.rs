@@ -239,17 +239,24 @@ fn scrubbed(out: &mut dyn Write, report: &ScrubSummary) -> anyhow::Result<bool> 
     if report.withdrawn_before > 0 {
         writeln!(out, "  known damage  {} blocks, found earlier and not replaced yet", report.withdrawn_before)?;
     }
+    if report.damaged_packs > 0 {
+        writeln!(
+            out,
+            "  DAMAGED       header or footer of {} packs; `strand-server repair` mends footers",
+            report.damaged_packs
+        )?;
+    }
     if report.damaged_blocks > 0 {
         writeln!(
             out,
             "  DAMAGED       {} blocks; each was withdrawn, the next backup of its data replaces it",
             report.damaged_blocks
         )?;
-        report.damaged.iter().try_for_each(|damaged| writeln!(out, "    {damaged}"))?;
     }
+    report.damaged.iter().try_for_each(|damaged| writeln!(out, "    {damaged}"))?;
     if !report.affected.is_empty() {
         writeln!(out, "  cannot be restored completely now:")?;
         report.affected.iter().try_for_each(|snapshot| writeln!(out, "    {snapshot}"))?;
     }
-    Ok(report.damaged_blocks == 0 && report.affected.is_empty())
+    Ok(report.damaged_blocks + report.damaged_packs == 0 && report.affected.is_empty())
 }

@@ -104,6 +104,7 @@ impl Repository {
     pub(super) async fn open(common: Arc<Common>, row: RepositoryRow, file: RepositoryV1) -> Result<Self, EngineError> {
         let paths = common.paths.repository(&row.tenant, &file.id);
         let rows = common.catalog.packs(row.number).await?;
+        common.catalog.revive_all(row.number).await?;
         let states = common.catalog.block_states(row.number).await?;
         let (recovered, keeping, decided) = {
             let (common, paths, id) = (Arc::clone(&common), paths.clone(), file.id);

@@ -533,8 +533,8 @@ async fn a_condemned_block_is_known_to_older_leases_only_and_revived_by_a_commit
     assert_eq!(outcome, CommitOutcome::Missing { ids: vec![root], more: false });
     commit_ok(&main, &older, manifest).await;
     assert_eq!(known(&main, &newer, &[1, 2, 3, 10, 11]).await, [true; 5], "the commit revived what it needs");
-    // Freed is for ever, and for everybody.
-    main.publish_block_states(condemn(BlockState::Freed), unflag).await.unwrap();
+    // Withdrawn is for ever, and for everybody.
+    main.publish_block_states(condemn(BlockState::Withdrawn), unflag).await.unwrap();
     assert_eq!(known(&main, &newer, &[1, 10]).await, [false, false]);
     engine.close().await.unwrap();
     drop((main, engine));

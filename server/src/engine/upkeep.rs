@@ -47,6 +47,8 @@ pub struct ScrubSummary {
     pub bytes: u64,
     /// How many blocks were found damaged and withdrawn now.
     pub damaged_blocks: u64,
+    /// Packs whose header or footer is damaged; their blocks count for themselves.
+    pub damaged_packs: u64,
     /// Which, for people; at most `limits::DAMAGE_ROWS_MAX`.
     pub damaged: Vec<String>,
     /// Blocks that had been withdrawn before.
@@ -66,6 +68,7 @@ impl From<ScrubReport> for ScrubSummary {
             blocks: report.blocks,
             bytes: report.bytes,
             damaged_blocks: report.damaged_blocks,
+            damaged_packs: report.damaged_packs,
             damaged: report.damaged,
             withdrawn_before: report.withdrawn_before,
             affected: report.affected.iter().map(ToString::to_string).collect(),

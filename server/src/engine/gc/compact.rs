@@ -42,7 +42,8 @@ pub(super) async fn compact(
             }
             try_join_all(group.iter().map(|&place| move_block(state, writer, pack, place))).await?;
         }
-        carry_flags(state, pack).await?;
+        let moved = pack.blocks.iter().map(|block| ((pack.number, block.offset), block.bytes)).collect();
+        carry_flags(state, pack.domain, moved).await?;
         report.blocks_moved += live.len() as u64;
         free(state, inventory, &live, report).await?;
     }
@@ -93,31 +94,32 @@ async fn move_block(
     Ok(())
 }
 
-/// Whether everything below a tree is known depends on the tree alone: a new copy is as complete as the old one.
-async fn carry_flags(state: &Arc<State>, pack: &PackBlocks) -> Result<(), EngineError> {
-    let trees: Vec<(u32, u32)> = pack
-        .blocks
-        .iter()
-        .filter(|block| block.kind == ChunkKind::Tree)
-        .map(|block| (block.offset, block.bytes))
-        .collect();
-    let (state, number, domain) = (Arc::clone(state), pack.number, pack.domain);
+/// Whether everything below a tree is known depends on the tree alone: other copies are as complete as those in the block at
+/// `offset` of pack `number`. Of a block that is not live, or holds no trees, nothing is carried.
+pub(super) async fn carry_flags(
+    state: &Arc<State>,
+    domain: DomainId,
+    blocks: Vec<(BlockPlace, u32)>,
+) -> Result<(), EngineError> {
+    let state = Arc::clone(state);
     on_own_thread(move || {
-        for (offset, bytes) in trees {
+        for ((number, offset), bytes) in blocks {
             let states = state.blocks.blocking_read();
             if states.of(number, offset) != BlockState::Live {
                 continue;
             }
             let block = state.reader.read_block(number, offset, bytes)?;
-            let ids: Vec<ChunkId> = BlockView::parse(&block)
-                .map(|view| view.rows().filter_map(Result::ok).map(|row| row.id).collect())
-                .unwrap_or_default();
+            let Ok(view) = BlockView::parse(&block) else { continue };
+            if view.header.kind != ChunkKind::Tree {
+                continue;
+            }
+            let ids: Vec<ChunkId> = view.rows().filter_map(Result::ok).map(|row| row.id).collect();
             let found = state.index.find(domain, &ids)?;
             let mut flags: Vec<(ChunkId, Copy)> = Vec::new();
             for (at, id) in ids.iter().enumerate() {
-                let complete =
-                    found.copies(at).any(|copy| copy.pack == number && copy.offset == offset && copy.complete);
-                let others = found.copies(at).filter(|copy| copy.pack != number && copy.kind == ChunkKind::Tree);
+                let here = |copy: &&Copy| (copy.pack, copy.offset) == (number, offset);
+                let complete = found.copies(at).filter(here).any(|copy| copy.complete);
+                let others = found.copies(at).filter(|copy| !here(copy) && copy.kind == ChunkKind::Tree);
                 flags.extend(others.filter(|copy| complete && !copy.complete).map(|copy| (*id, *copy)));
             }
             state.flag_complete(domain, &flags)?;

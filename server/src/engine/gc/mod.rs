@@ -17,7 +17,7 @@ mod free;
 pub(crate) mod inventory;
 mod mark;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -250,14 +250,15 @@ impl Repository {
         }
     }
 
-    /// The blocks that the last collection found partly dead, those that waste most first, with the ids of their needed chunks.
-    pub async fn partly_dead(&self, limit: usize) -> Result<Vec<(PartlyDead, Vec<ChunkId>)>, EngineError> {
+    /// The blocks that the last collection found partly dead, those that waste most first, after the
+    /// first `skip`, with the ids of their needed chunks.
+    pub async fn partly_dead(&self, skip: usize, limit: usize) -> Result<Vec<(PartlyDead, Vec<ChunkId>)>, EngineError> {
         let limit = limit.min(limits::PARTLY_DEAD_MAX);
         let superseded = self.state.superseded.lock().clone();
         let blocks: Vec<PartlyDead> = {
             let blocks = self.state.partly_dead.lock();
             let open = blocks.iter().filter(|block| !superseded.contains(&(block.pack, block.offset)));
-            open.take(limit).cloned().collect()
+            open.skip(skip).take(limit).cloned().collect()
         };
         let state = Arc::clone(&self.state);
         blocking(move || {
@@ -273,11 +274,21 @@ impl Repository {
         .await
     }
 
-    /// The needed chunks of these blocks have been stored again.
-    pub fn supersede(&self, blocks: impl IntoIterator<Item = BlockPlace>) {
-        let mut superseded = self.state.superseded.lock();
+    /// The needed chunks of these blocks have been stored again: the next collection prefers the other copies. Only blocks that
+    /// the last collection found partly dead are taken.
+    pub async fn supersede(&self, blocks: impl IntoIterator<Item = BlockPlace>) -> Result<(), EngineError> {
+        let wanted: HashSet<BlockPlace> = blocks.into_iter().collect();
+        let known: Vec<(DomainId, BlockPlace, u32)> = {
+            let partly_dead = self.state.partly_dead.lock();
+            let place = |block: &PartlyDead| (block.domain, (block.pack, block.offset), block.bytes);
+            partly_dead.iter().map(place).filter(|(_, place, _)| wanted.contains(place)).collect()
+        };
+        for (domain, place, bytes) in &known {
+            compact::carry_flags(&self.state, *domain, vec![(*place, *bytes)]).await?;
+        }
         // As many as are remembered as partly dead; the next process begins without.
-        superseded.extend(blocks.into_iter().take(PARTLY_DEAD_KEPT));
+        self.state.superseded.lock().extend(known.into_iter().map(|(_, place, _)| place));
+        Ok(())
     }
 }
 
