@@ -174,6 +174,7 @@ struct Ended {
 }
 
 async fn run(engine: Arc<Engine>, key: JobKey) -> Ended {
+    tracing::debug!(tenant = %key.tenant, repository = %key.name, job = key.job, "maintenance begins");
     let failed = match engine.repository(&key.tenant, &key.name).await {
         Ok(repository) if key.job == GC_JOB => collect(&repository, &key).await,
         Ok(repository) if key.job == RETENTION_JOB => retain(&repository, &key).await,

@@ -102,15 +102,24 @@ fn garbage_is_collected_and_everything_read_again_while_the_server_runs_and_whil
 
 #[test]
 fn a_server_looks_after_its_repositories_by_itself_and_a_scrub_does_not_delay_its_end() -> Result<()> {
-    let mut rig = Rig::direct()?;
+    let mut rig = Rig::with(&[("STRAND_SERVER_LOG__FILTER", "strandline_server=debug")])?;
     let writer = rig.owner("writer")?;
     let source = rig.scratch().join("source");
     random_files(&source, 1, 6, 300 << 10)?;
-    writer.backup(&source, &[])?;
+    let old = writer.backup(&source, &[])?.snapshot()?;
+    let new = writer.backup(&source, &[])?.snapshot()?;
+    rig.administer(&["repository", "set", "scrub_every=0s", "gc_every=1s"])?;
+    rig.server()?.wait_for_line("garbage collected", Duration::from_secs(20))?;
+    rig.administer(&["repository", "set", "gc_every=0s", "retention.keep_last=1", "retention_every=1s"])?;
+    rig.server()?.wait_for_line("retention policy applied", Duration::from_secs(20))?;
+    ensure!(writer.snapshots()? == [new], "the policy keeps the last");
+    ensure!(
+        rig.administer(&["snapshot", "list", "--deleted"])?.contains(&old[..16]),
+        "and the other can be brought back"
+    );
     // A kilobyte a second: reading everything would take half an hour.
-    rig.administer(&["repository", "set", "gc_every=1s", "scrub_every=1s", "scrub_bytes_per_second=1K"])?;
-    let server = rig.server()?;
-    server.wait_for_line("garbage collected", Duration::from_secs(20))?;
+    rig.administer(&["repository", "set", "retention=none", "scrub_every=1s", "scrub_bytes_per_second=1K"])?;
+    rig.server()?.wait_for_line("job=\"scrub\"", Duration::from_secs(20))?;
     rig.stop_server(Duration::from_secs(15))?;
     let shown = rig.administer(&["repository", "show"])?;
     ensure!(shown.contains("gc ") && shown.contains("scrub_bytes_per_second"), "{shown}");

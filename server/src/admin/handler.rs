@@ -9,12 +9,13 @@ use std::time::Duration;
 use strandline_actors::runtime::clock;
 use strandline_messages::AgentId;
 use strandline_messages::identity::EnrolmentToken;
+use tokio::sync::{Semaphore, SemaphorePermit};
 
 use super::repositories::RepositoryRequest;
 use super::{
     AdminHandler, AdminReply, AdminRequest, RepositoryStatus, SessionStatus, StatusReport, TokenCreated, keeper,
 };
-use crate::cli::EXIT_FAILED;
+use crate::cli::{EXIT_FAILED, EXIT_LOCKED};
 use crate::config::Config;
 use crate::engine::{Engine, EngineError};
 use crate::pki::Authority;
@@ -76,12 +77,18 @@ pub struct Administrator<S> {
     tenancy: Tenancy,
     authority: Arc<Authority>,
     state: S,
+    /// Each long command that is under way holds one.
+    long: Semaphore,
 }
+
+/// Commands that may take hours and are under way at once. Fewer than the connections that are served: whoever only asks is
+/// always answered.
+const LONG_MAX: usize = 8;
 
 impl<S: ServerState> Administrator<S> {
     /// For the data directory `data`.
     pub fn new(data: PathBuf, config: Config, tenancy: Tenancy, authority: Arc<Authority>, state: S) -> Self {
-        Self { data, config, tenancy, authority, state }
+        Self { data, config, tenancy, authority, state, long: Semaphore::new(LONG_MAX) }
     }
 
     async fn answer(&self, request: AdminRequest) -> Result<AdminReply, Failure> {
@@ -113,11 +120,21 @@ impl<S: ServerState> Administrator<S> {
             AdminRequest::Repository(request) => {
                 let engine = self.state.engine();
                 let engine = engine.ok_or_else(|| Failure::new("the repositories are not open".to_owned()))?;
+                let _one_of_few = if request.is_long() { Some(self.take_long()?) } else { None };
                 let reply = keeper::answer(engine, request).await?;
                 self.state.maintenance_changed();
                 Ok(AdminReply::Repository(reply))
             }
         }
+    }
+
+    fn take_long(&self) -> Result<SemaphorePermit<'_>, Failure> {
+        self.long.try_acquire().map_err(|_| Failure {
+            exit_code: EXIT_LOCKED,
+            message: format!(
+                "{LONG_MAX} collections and scrubs are under way already; nothing was done; try again later"
+            ),
+        })
     }
 
     async fn status(&self) -> Result<StatusReport, Failure> {

@@ -68,6 +68,13 @@ pub enum RepositoryRequest {
     },
 }
 
+impl RepositoryRequest {
+    /// Whether it may take hours.
+    pub fn is_long(&self) -> bool {
+        matches!(self, Self::CollectGarbage { .. } | Self::Scrub { .. })
+    }
+}
+
 /// What becomes of snapshots.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
