@@ -14,6 +14,7 @@ pub mod keeping;
 pub mod known;
 pub mod repository;
 pub mod settings;
+pub mod upkeep;
 
 mod check;
 mod commit;
@@ -139,8 +140,23 @@ impl Engine {
         Self::open_with(dir, options, Sizes::default(), ops).await
     }
 
+    /// As [`Engine::open`], for a caller that holds the lock of `dir` already.
+    pub async fn open_locked(dir: &Path, lock: DirectoryLock, options: EngineOptions) -> Result<Self, EngineError> {
+        Self::open_under(dir, Some(lock), options, Sizes::default(), Arc::new(SystemFiles)).await
+    }
+
     pub(crate) async fn open_with(
         dir: &Path,
+        options: EngineOptions,
+        sizes: Sizes,
+        ops: Arc<dyn FileOps>,
+    ) -> Result<Self, EngineError> {
+        Self::open_under(dir, None, options, sizes, ops).await
+    }
+
+    async fn open_under(
+        dir: &Path,
+        lock: Option<DirectoryLock>,
         options: EngineOptions,
         sizes: Sizes,
         ops: Arc<dyn FileOps>,
@@ -150,7 +166,10 @@ impl Engine {
             let paths = paths.clone();
             blocking(move || {
                 files::create_directory(paths.root())?;
-                let lock = DirectoryLock::take(paths.root(), &paths.lock(), options.lock_wait)?;
+                let lock = match lock {
+                    Some(lock) => lock,
+                    None => DirectoryLock::take(paths.root(), &paths.lock(), options.lock_wait)?,
+                };
                 files::remove_temporaries(paths.root())?;
                 files::create_directory(&paths.storage())?;
                 Ok((lock, ServerKey::load_or_make(&paths.server_key())?))

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use actix::Actor;
+use actix::{Actor, Addr};
 use actix_rt::Arbiter;
 use anyhow::Context;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
@@ -23,6 +23,7 @@ use crate::core::{CoreSettings, ServerCore};
 use crate::engine::{Engine, EngineOptions};
 use crate::host::Renewer;
 use crate::listener::{Door, Listener, StopListening};
+use crate::maintenance::{LookAgain, Maintenance, StopMaintenance};
 use crate::pki::Authority;
 use crate::tenancy::Tenancy;
 use crate::tls::{ServerCertificate, server_config};
@@ -86,6 +87,7 @@ struct Serving {
     engine: Arc<Engine>,
     tenancy: Tenancy,
     certificate: Arc<ServerCertificate>,
+    maintenance: Addr<Maintenance>,
 }
 
 impl ServerState for Serving {
@@ -137,6 +139,15 @@ impl ServerState for Serving {
         Ok(found)
     }
 
+    fn engine(&self) -> Option<&Engine> {
+        Some(&self.engine)
+    }
+
+    fn maintenance_changed(&self) {
+        // As many as there are administrators' connections.
+        self.maintenance.do_send(LookAgain);
+    }
+
     fn revoked(&self, agent: AgentId) {
         self.core.close_agent(agent);
     }
@@ -173,11 +184,13 @@ pub async fn serve(options: ServeOptions) -> anyhow::Result<()> {
     let listener = Listener::bind(&config.listen, door, workers.iter().map(Arbiter::handle).collect())?;
     let addresses = listener.addresses();
     let listener = listener.start();
+    let maintenance = Maintenance::new(Arc::clone(&engine)).start();
     let state = Serving {
         core: core.clone(),
         engine: Arc::clone(&engine),
         tenancy: tenancy.clone(),
         certificate: Arc::clone(&certificate),
+        maintenance: maintenance.clone(),
     };
     // A port that the system chose is the one to put into tokens.
     let told = Config { listen: addresses.clone(), ..config.clone() };
@@ -207,11 +220,16 @@ pub async fn serve(options: ServeOptions) -> anyhow::Result<()> {
     tracing::info!("stopping: no new connections, streams drain to the acknowledged point");
     // The listener ends only with the process.
     let _ = listener.send(StopListening).await;
+    let _ = maintenance.send(StopMaintenance).await;
     core.stop().await;
     for worker in workers {
         worker.stop();
     }
-    engine.close().await?;
+    // What administrators asked for holds what the engine needs for closing; it is told to stop, and must be able to.
+    tokio::select! {
+        never = &mut administration => match never {},
+        closed = engine.close() => closed?,
+    }
     tracing::info!("server stopped");
     Ok(())
 }

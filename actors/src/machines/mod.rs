@@ -11,11 +11,13 @@
 //! | [`stream::StreamMachine`] | the life of one data connection, to its orderly close | both sides |
 //! | [`session::SessionMachine`] | the life of one session, to its one terminal state | server's session |
 //! | [`fetch::FetchQueue`] | which block a restore is sent next, within the agent's credit | server's session |
+//! | [`maintenance::MaintenanceMachine`] | which job of maintenance runs next, and when | server's maintenance |
 //! | [`retention::Policy`] | which snapshots are kept, and why | agent's `forget`, server's own policy |
 //! | [`reconnect::Reconnect`] | when to try again after a failure, and when to give up | everyone who connects |
 
 pub mod fetch;
 pub mod gap_tracker;
+pub mod maintenance;
 pub mod reconnect;
 pub mod retention;
 pub mod send_window;

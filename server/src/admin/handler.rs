@@ -9,9 +9,15 @@ use std::time::Duration;
 use strandline_actors::runtime::clock;
 use strandline_messages::AgentId;
 use strandline_messages::identity::EnrolmentToken;
+use tokio::sync::{Semaphore, SemaphorePermit};
 
-use super::{AdminHandler, AdminReply, AdminRequest, RepositoryStatus, SessionStatus, StatusReport, TokenCreated};
+use super::repositories::RepositoryRequest;
+use super::{
+    AdminHandler, AdminReply, AdminRequest, RepositoryStatus, SessionStatus, StatusReport, TokenCreated, keeper,
+};
+use crate::cli::{EXIT_FAILED, EXIT_LOCKED};
 use crate::config::Config;
+use crate::engine::{Engine, EngineError};
 use crate::pki::Authority;
 use crate::tenancy::{Tenancy, TenancyError};
 
@@ -25,6 +31,10 @@ pub trait ServerState {
     fn certificate_expires_s(&self) -> Option<i64>;
     /// Repositories by tenant and name; or why they cannot be listed, for people.
     fn repositories(&self) -> impl Future<Output = Result<Vec<RepositoryStatus>, String>>;
+    /// The open repositories; none if nothing but the identities is open.
+    fn engine(&self) -> Option<&Engine>;
+    /// Settings or results that maintenance goes by have changed.
+    fn maintenance_changed(&self);
     /// An agent was revoked: its connections are to be closed.
     fn revoked(&self, agent: AgentId);
 }
@@ -50,6 +60,12 @@ impl ServerState for Idle {
         ready(Ok(Vec::new()))
     }
 
+    fn engine(&self) -> Option<&Engine> {
+        None
+    }
+
+    fn maintenance_changed(&self) {}
+
     fn revoked(&self, _agent: AgentId) {}
 }
 
@@ -61,12 +77,18 @@ pub struct Administrator<S> {
     tenancy: Tenancy,
     authority: Arc<Authority>,
     state: S,
+    /// Each long command that is under way holds one.
+    long: Semaphore,
 }
+
+/// Commands that may take hours and are under way at once. Fewer than the connections that are served: whoever only asks is
+/// always answered.
+const LONG_MAX: usize = 8;
 
 impl<S: ServerState> Administrator<S> {
     /// For the data directory `data`.
     pub fn new(data: PathBuf, config: Config, tenancy: Tenancy, authority: Arc<Authority>, state: S) -> Self {
-        Self { data, config, tenancy, authority, state }
+        Self { data, config, tenancy, authority, state, long: Semaphore::new(LONG_MAX) }
     }
 
     async fn answer(&self, request: AdminRequest) -> Result<AdminReply, Failure> {
@@ -76,7 +98,7 @@ impl<S: ServerState> Administrator<S> {
             AdminRequest::TokenCreate { tenant, valid_for } => {
                 let addresses = self.config.advertised();
                 if addresses.is_empty() {
-                    return Err(Failure(
+                    return Err(Failure::new(
                         "the configuration gives no address to put into the token: set `advertise`".to_owned(),
                     ));
                 }
@@ -95,7 +117,24 @@ impl<S: ServerState> Administrator<S> {
                 Ok(AdminReply::Agent(record))
             }
             AdminRequest::Status {} => Ok(AdminReply::Status(Box::new(self.status().await?))),
+            AdminRequest::Repository(request) => {
+                let engine = self.state.engine();
+                let engine = engine.ok_or_else(|| Failure::new("the repositories are not open".to_owned()))?;
+                let _one_of_few = if request.is_long() { Some(self.take_long()?) } else { None };
+                let reply = keeper::answer(engine, request).await?;
+                self.state.maintenance_changed();
+                Ok(AdminReply::Repository(reply))
+            }
         }
+    }
+
+    fn take_long(&self) -> Result<SemaphorePermit<'_>, Failure> {
+        self.long.try_acquire().map_err(|_| Failure {
+            exit_code: EXIT_LOCKED,
+            message: format!(
+                "{LONG_MAX} collections and scrubs are under way already; nothing was done; try again later"
+            ),
+        })
     }
 
     async fn status(&self) -> Result<StatusReport, Failure> {
@@ -105,8 +144,9 @@ impl<S: ServerState> Administrator<S> {
             *sessions_by_state.entry(session.state.clone()).or_default() += 1;
         }
         let uptime = self.state.uptime();
-        let space = rustix::fs::statvfs(&self.data)
-            .map_err(|error| Failure(format!("cannot ask for the free space of {}: {error}", self.data.display())))?;
+        let space = rustix::fs::statvfs(&self.data).map_err(|error| {
+            Failure::new(format!("cannot ask for the free space of {}: {error}", self.data.display()))
+        })?;
         Ok(StatusReport {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             running: uptime.is_some(),
@@ -116,7 +156,7 @@ impl<S: ServerState> Administrator<S> {
             streams: sessions.iter().map(|session| u64::from(session.streams)).sum(),
             sessions,
             tenants: self.tenancy.tenants().await?,
-            repositories: self.state.repositories().await.map_err(Failure)?,
+            repositories: self.state.repositories().await.map_err(Failure::new)?,
             free_bytes: space.f_bavail.saturating_mul(space.f_frsize),
             total_bytes: space.f_blocks.saturating_mul(space.f_frsize),
             authority_expires_s: self.authority.expires_s(),
@@ -130,15 +170,44 @@ impl<S: ServerState> AdminHandler for Administrator<S> {
         let started = clock::now();
         let reply = self.answer(request).await;
         tracing::debug!(ms = started.elapsed().as_millis(), ok = reply.is_ok(), "administration request");
-        reply.unwrap_or_else(|Failure(message)| AdminReply::Failed { exit_code: 1, message })
+        reply.unwrap_or_else(AdminReply::from)
     }
 }
 
-/// A message for people.
-struct Failure(String);
+/// Answers a request about repositories for a command that has opened them.
+pub async fn ask_engine(engine: &Engine, request: RepositoryRequest) -> AdminReply {
+    keeper::answer(engine, request).await.map_or_else(AdminReply::from, AdminReply::Repository)
+}
+
+/// Why a request was not carried out.
+pub(super) struct Failure {
+    /// The command's exit code.
+    pub exit_code: u8,
+    /// For people.
+    pub message: String,
+}
+
+impl Failure {
+    /// With exit code 1.
+    pub fn new(message: String) -> Self {
+        Self { exit_code: EXIT_FAILED, message }
+    }
+}
+
+impl From<Failure> for AdminReply {
+    fn from(Failure { exit_code, message }: Failure) -> Self {
+        Self::Failed { exit_code, message }
+    }
+}
 
 impl From<TenancyError> for Failure {
     fn from(error: TenancyError) -> Self {
-        Self(error.to_string())
+        Self::new(error.to_string())
+    }
+}
+
+impl From<EngineError> for Failure {
+    fn from(error: EngineError) -> Self {
+        Self::new(error.to_string())
     }
 }

@@ -2,7 +2,10 @@
 //! when none runs, by the command itself; both through the same [`AdminHandler`].
 
 mod handler;
+mod keeper;
+pub mod repositories;
 mod socket;
+pub mod values;
 
 use std::collections::BTreeMap;
 use std::future::Future;
@@ -12,8 +15,9 @@ use serde::{Deserialize, Serialize};
 use strandline_messages::{AgentId, TenantName};
 
 use crate::tenancy::{AgentRecord, TenantRecord};
+use repositories::{RepositoryReply, RepositoryRequest};
 
-pub use handler::{Administrator, Idle, ServerState};
+pub use handler::{Administrator, Idle, ServerState, ask_engine};
 pub use socket::{AdminError, AdminSocket, SOCKET_NAME, ask};
 
 /// What an administrator asks.
@@ -48,6 +52,8 @@ pub enum AdminRequest {
     },
     /// What is going on.
     Status {},
+    /// Something about repositories.
+    Repository(RepositoryRequest),
 }
 
 /// What is answered.
@@ -72,6 +78,8 @@ pub enum AdminReply {
     Agent(AgentRecord),
     /// What is going on.
     Status(Box<StatusReport>),
+    /// About repositories.
+    Repository(RepositoryReply),
     /// It could not be done.
     Failed {
         /// The command's exit code (DESIGN 8).

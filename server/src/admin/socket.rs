@@ -1,4 +1,5 @@
-//! The socket `DATA/admin.sock`: one JSON line in, one JSON line out, then the connection closes.
+//! The socket `DATA/admin.sock`: one JSON line in, one JSON line out, then the connection closes. An answer that takes long is
+//! preceded by spaces, one every 15 s, so that the client knows that the server is at work.
 //!
 //! Only the user that runs the server, and root, are answered: by the socket's mode and again by the peer's credentials.
 
@@ -28,8 +29,10 @@ const REPLY_BYTES_MAX: u64 = 64 << 20;
 const CONNECTIONS_MAX: usize = 16;
 /// A connection on which nothing arrives, or nothing is taken, for this long is given up.
 const PROGRESS_TIMEOUT: Duration = Duration::from_secs(10);
-/// A client waits this long for the first byte of an answer: the server may be at work.
-const ANSWER_TIMEOUT: Duration = Duration::from_mins(2);
+/// A client waits this long for the next byte of an answer.
+const ANSWER_TIMEOUT: Duration = if cfg!(test) { Duration::from_secs(2) } else { Duration::from_mins(2) };
+/// While the server is at work it says so this often, by a space in front of the answer.
+const ALIVE_EVERY: Duration = if cfg!(test) { Duration::from_millis(100) } else { Duration::from_secs(15) };
 /// Longest path that a socket address holds, bytes, with room for the terminator.
 const SOCKET_PATH_BYTES_MAX: usize = 107;
 
@@ -113,13 +116,25 @@ async fn answer<H: AdminHandler>(mut stream: UnixStream, handler: &H) -> io::Res
     }
     let line = read_line(&mut stream, REQUEST_BYTES_MAX, PROGRESS_TIMEOUT).await?;
     let reply = match serde_json::from_slice::<AdminRequest>(&line) {
-        Ok(request) => handler.handle(request).await,
+        Ok(request) => at_work(&mut stream, handler.handle(request)).await,
         Err(error) => AdminReply::Failed {
             exit_code: 1,
             message: format!("the request cannot be understood ({error}): are program and server of the same version?"),
         },
     };
     write_line(&mut stream, &serde_json::to_vec(&reply)?).await
+}
+
+/// Waits for the answer and tells the client so. A client that has gone away does not stop what it asked for.
+async fn at_work<T>(stream: &mut UnixStream, answer: impl Future<Output = T>) -> T {
+    let mut answer = std::pin::pin!(answer);
+    loop {
+        match timeout(ALIVE_EVERY, &mut answer).await {
+            Ok(answer) => return answer,
+            // Non-blocking: a space that finds no room was preceded by many.
+            Err(_) => drop(stream.try_write(b" ")),
+        }
+    }
 }
 
 /// Asks the server that runs on `data`.

@@ -104,6 +104,16 @@ fn requests_and_replies_read_back() {
         AdminRequest::TokenCreate { tenant: acme(), valid_for: Duration::from_millis(1500) },
         AdminRequest::AgentList { tenant: None },
         AdminRequest::AgentRevoke { agent: AgentId([2; 16]) },
+        AdminRequest::Repository(RepositoryRequest::List {}),
+        AdminRequest::Repository(RepositoryRequest::Scrub {
+            repository: Some("acme/main".parse().unwrap()),
+            subset: strandline_messages::wire::manage::ScrubSubset::Part { part: 1, of: 7 },
+            bytes_per_second: None,
+        }),
+        AdminRequest::Repository(RepositoryRequest::Set {
+            repository: None,
+            settings: BTreeMap::from([("undelete".to_owned(), "3days".to_owned())]),
+        }),
     ];
     for request in requests {
         let text = serde_json::to_string(&request).unwrap();
@@ -112,4 +122,26 @@ fn requests_and_replies_read_back() {
     let reply = AdminReply::Status(Box::default());
     let text = serde_json::to_string(&reply).unwrap();
     assert_eq!(serde_json::from_str::<AdminReply>(&text).unwrap(), reply);
+}
+
+/// Takes longer than a client waits for a byte.
+struct Slow;
+
+impl AdminHandler for Slow {
+    async fn handle(&self, _: AdminRequest) -> AdminReply {
+        tokio::time::sleep(Duration::from_secs(3)).await;
+        AdminReply::Tenants { tenants: vec![] }
+    }
+}
+
+#[tokio::test]
+async fn a_client_waits_for_as_long_as_the_server_says_that_it_is_at_work() {
+    let data = tempfile::tempdir().unwrap();
+    let socket = AdminSocket::bind(data.path()).unwrap();
+    let list = AdminRequest::TenantList {};
+    let reply = tokio::select! {
+        never = socket.serve(&Slow) => match never {},
+        reply = ask(data.path(), &list) => reply,
+    };
+    assert_eq!(reply.unwrap(), AdminReply::Tenants { tenants: vec![] });
 }

@@ -1,11 +1,15 @@
 //! The `strand-server` command line: arguments, and what is printed.
 //!
 //! Results go to standard output, errors and remarks to standard error; with `--json` both as JSON. Exit codes: 0 done,
-//! 1 failed, 10 no such repository, 11 locked or busy.
+//! 1 failed or damage was found, 10 no such repository, 11 locked or busy.
 
 mod administer;
 mod init;
+mod inspect;
 mod output;
+mod report;
+mod repositories;
+mod rescue;
 
 use std::ffi::OsString;
 use std::io::Write;
@@ -22,8 +26,13 @@ use tracing_subscriber::EnvFilter;
 
 use crate::config::{CONFIG_NAME, Config, LogFormat};
 use crate::engine::EngineError;
+use crate::rescue::{rebuild, repair};
 use crate::serve::{ServeOptions, serve};
 use crate::storage::StorageError;
+pub(crate) use administer::Refused;
+use inspect::InspectArguments;
+use repositories::{GcArguments, RepositoryCommand, ScrubArguments, SnapshotCommand};
+use rescue::{CatalogCommand, RepairArguments};
 
 /// Done.
 pub const EXIT_DONE: u8 = 0;
@@ -69,6 +78,23 @@ enum Command {
     /// Enrolled machines.
     #[command(subcommand)]
     Agent(AgentCommand),
+    /// Repositories and their settings.
+    #[command(subcommand)]
+    Repository(RepositoryCommand),
+    /// Snapshots of a repository.
+    #[command(subcommand)]
+    Snapshot(SnapshotCommand),
+    /// Free what no snapshot needs any more.
+    Gc(GcArguments),
+    /// Read stored blocks again and compare their digests.
+    Scrub(ScrubArguments),
+    /// The catalog: derived from the storage.
+    #[command(subcommand)]
+    Catalog(CatalogCommand),
+    /// Repair packs, make the index anew, read everything. The server must not be running.
+    Repair(RepairArguments),
+    /// Show what is in a file of the storage, field by field. Needs no key and no lock.
+    Inspect(InspectArguments),
     /// Show what the server is doing.
     Status,
     /// Print a completion script for a shell.
@@ -148,7 +174,7 @@ pub fn run(
     };
     let json = arguments.json;
     match execute(arguments, out, err) {
-        Ok(()) => EXIT_DONE,
+        Ok(code) => code,
         Err(error) => {
             let code = exit_code(&error);
             output::error(err, json, code, &error);
@@ -165,30 +191,43 @@ fn usage(error: &clap::Error, out: &mut dyn Write, err: &mut dyn Write) -> u8 {
     if wanted && written.is_ok() { EXIT_DONE } else { EXIT_FAILED }
 }
 
-fn execute(arguments: Arguments, out: &mut dyn Write, err: &mut dyn Write) -> anyhow::Result<()> {
+fn execute(arguments: Arguments, out: &mut dyn Write, err: &mut dyn Write) -> anyhow::Result<u8> {
     let Arguments { data, config, json, lock_wait, command } = arguments;
     let config_path = config.unwrap_or_else(|| data.join(CONFIG_NAME));
     match command {
         Command::Completions { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Arguments::command(), "strand-server", &mut script);
-            Ok(out.write_all(&script)?)
+            out.write_all(&script)?;
         }
         Command::Init(init) => {
             let data = init.dir.clone().unwrap_or(data);
-            in_runtime(init::init(&data, &init, lock_wait)).and_then(|made| output::initialised(out, err, json, &made))
+            let made = in_runtime(init::init(&data, &init, lock_wait))?;
+            output::initialised(out, err, json, &made)?;
         }
         Command::Serve => {
             let config = Config::load(&config_path)?;
             start_log(&config)?;
-            in_runtime(serve(ServeOptions { data, config_path, config, lock_wait }))
+            in_runtime(serve(ServeOptions { data, config_path, config, lock_wait }))?;
         }
+        Command::Catalog(CatalogCommand::Rebuild) => {
+            administer::ensure_repositories(&data)?;
+            let rebuilt = in_runtime(rebuild::rebuild(&data, lock_wait))?;
+            return rescue::rebuilt(out, err, json, &rebuilt);
+        }
+        Command::Repair(RepairArguments { repository, dry_run }) => {
+            administer::ensure_repositories(&data)?;
+            let repaired = in_runtime(async { repair::repair(&data, repository.as_ref(), dry_run, lock_wait).await })?;
+            return rescue::repaired(out, json, &repaired);
+        }
+        Command::Inspect(arguments) => return inspect::inspect(out, json, &arguments),
         command => {
-            let Some(request) = administer::request(command) else { return Ok(()) };
+            let Some(request) = administer::request(command)? else { return Ok(EXIT_DONE) };
             let reply = in_runtime(administer::administer(&data, &config_path, lock_wait, request))?;
-            output::reply(out, err, json, reply)
+            return output::reply(out, err, json, reply);
         }
     }
+    Ok(EXIT_DONE)
 }
 
 fn in_runtime<T>(future: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
@@ -208,7 +247,7 @@ fn start_log(config: &Config) -> anyhow::Result<()> {
 }
 
 fn exit_code(error: &anyhow::Error) -> u8 {
-    if let Some(administer::Refused { exit_code, .. }) = error.downcast_ref() {
+    if let Some(Refused { exit_code, .. }) = error.downcast_ref() {
         return *exit_code;
     }
     let locked = matches!(error.downcast_ref(), Some(StorageError::Locked { .. }))
@@ -219,3 +258,6 @@ fn exit_code(error: &anyhow::Error) -> u8 {
 #[cfg(test)]
 #[path = "tests.rs"]
 mod tests;
+
+#[cfg(test)]
+mod repository_tests;

@@ -8,6 +8,7 @@ use serde_json::json;
 use strandline_actors::runtime::clock;
 
 use super::init::Initialised;
+use super::{EXIT_DONE, report};
 use crate::admin::{AdminReply, StatusReport, TokenCreated};
 use crate::tenancy::{AgentRecord, AgentState};
 
@@ -46,8 +47,15 @@ pub(super) fn initialised(
     Ok(())
 }
 
-/// The answer to an administration command.
-pub(super) fn reply(out: &mut dyn Write, err: &mut dyn Write, json: bool, reply: AdminReply) -> anyhow::Result<()> {
+/// The answer to an administration command; returns the exit code.
+pub(super) fn reply(out: &mut dyn Write, err: &mut dyn Write, json: bool, reply: AdminReply) -> anyhow::Result<u8> {
+    match reply {
+        AdminReply::Repository(reply) => report::reply(out, err, json, reply),
+        reply => identities(out, err, json, reply).map(|()| EXIT_DONE),
+    }
+}
+
+fn identities(out: &mut dyn Write, err: &mut dyn Write, json: bool, reply: AdminReply) -> anyhow::Result<()> {
     let now_ns = clock::wall_ns();
     match reply {
         AdminReply::Tenant(tenant) if json => print_json(out, &tenant),
@@ -81,6 +89,7 @@ pub(super) fn reply(out: &mut dyn Write, err: &mut dyn Write, json: bool, reply:
         AdminReply::Status(status) if json => print_json(out, &status),
         AdminReply::Status(status) => show_status(out, &status),
         AdminReply::Failed { message, .. } => anyhow::bail!(message),
+        AdminReply::Repository(_) => Ok(()),
     }
 }
 
@@ -168,13 +177,13 @@ fn none_or(items: &[String]) -> String {
     if items.is_empty() { "none".to_owned() } else { items.join(", ") }
 }
 
-fn print_json(target: &mut dyn Write, value: &impl Serialize) -> anyhow::Result<()> {
+pub(super) fn print_json(target: &mut dyn Write, value: &impl Serialize) -> anyhow::Result<()> {
     writeln!(target, "{}", serde_json::to_string(value)?)?;
     Ok(())
 }
 
 /// Columns as wide as their widest cell, two spaces apart. Control characters never reach the terminal.
-fn table(out: &mut dyn Write, head: &[&str], rows: Vec<Vec<String>>) -> anyhow::Result<()> {
+pub(super) fn table(out: &mut dyn Write, head: &[&str], rows: Vec<Vec<String>>) -> anyhow::Result<()> {
     let head: Vec<String> = head.iter().map(|&title| title.to_owned()).collect();
     let lines: Vec<Vec<String>> = std::iter::once(head)
         .chain(rows)
@@ -199,7 +208,7 @@ pub(super) fn date(ns: i64) -> String {
 
 /// Bytes with a binary unit.
 #[expect(clippy::cast_precision_loss, reason = "for people, to one decimal")]
-fn size(bytes: u64) -> String {
+pub(super) fn size(bytes: u64) -> String {
     let mut value = bytes as f64;
     for unit in ["B", "KiB", "MiB", "GiB", "TiB"] {
         if value < 1024.0 {

@@ -9,13 +9,13 @@ use super::*;
 use crate::storage::layout::DataPaths;
 use crate::storage::lock::DirectoryLock;
 
-struct Output {
-    code: u8,
-    out: String,
-    err: String,
+pub(super) struct Output {
+    pub code: u8,
+    pub out: String,
+    pub err: String,
 }
 
-fn strand_server(data: &Path, arguments: &[&str]) -> Output {
+pub(super) fn strand_server(data: &Path, arguments: &[&str]) -> Output {
     let (mut out, mut err) = (Vec::new(), Vec::new());
     let data = data.to_str().unwrap();
     let line = ["strand-server", "--data", data, "--lock-wait", "0s"].into_iter().chain(arguments.iter().copied());
@@ -23,7 +23,7 @@ fn strand_server(data: &Path, arguments: &[&str]) -> Output {
     Output { code, out: String::from_utf8(out).unwrap(), err: String::from_utf8(err).unwrap() }
 }
 
-fn made() -> tempfile::TempDir {
+pub(super) fn made() -> tempfile::TempDir {
     let root = tempfile::tempdir().unwrap();
     let output = strand_server(root.path(), &["init", "--name", "backup.example.com"]);
     assert_eq!(output.code, EXIT_DONE, "{}", output.err);

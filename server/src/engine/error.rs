@@ -56,6 +56,12 @@ pub enum EngineError {
         "agents may not delete snapshots of this repository; nothing was changed; the server's own policy deletes, or its administrator"
     )]
     AgentsMayNotDelete,
+    /// The repository's own policy cannot be applied.
+    #[error("the repository's retention policy cannot be applied: {reason}; nothing was deleted; change or remove it")]
+    BadPolicy {
+        /// Why.
+        reason: String,
+    },
     /// Tags without the signature of a full key.
     #[error("the tags were not changed: they are not signed by a holder of the full capability")]
     BadTags,

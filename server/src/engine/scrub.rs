@@ -1,5 +1,5 @@
 //! Scrubbing: reading blocks again and comparing their digests, without keys. Those whose last verification is longest ago
-//! come first; what is damaged is withdrawn. A pass over a pack that was interrupted goes on where it stopped.
+//! come first; what is damaged is withdrawn. Subsets by size go on in a pack where the one before stopped.
 
 use std::fs::File;
 use std::sync::Arc;
@@ -21,6 +21,9 @@ use crate::storage::pack_file::{self, PackInfo};
 
 /// Bytes that are read between two notes of how far a pack was verified.
 const NOTE_BYTES: u64 = 64 << 20;
+
+/// A scrub that keeps to its rate looks at least so often whether it is to stop.
+const PAUSE_MAX: Duration = Duration::from_millis(500);
 
 /// One pack and how far it was verified.
 struct Turn {
@@ -68,12 +71,16 @@ impl Repository {
             ScrubSubset::Part { part, of } => info.number % of.max(1) == part.saturating_sub(1) % of.max(1),
             _ => true,
         };
+        // Who asks for all of it means all of it; a part may go on where the one before stopped.
+        let whole = matches!(subset, ScrubSubset::All | ScrubSubset::Part { .. });
         let sealed = state.pack_infos().into_iter().filter(|info| info.sealed && mine(info));
         let mut turns: Vec<Turn> = sealed
             .map(|info| {
                 let mut row = rows.get(&info.number).copied().unwrap_or_default();
                 if row.done_offset >= info.blocks_end {
                     row = VerifiedRow { done_offset: 0, this_ns: 0, last_ns: row.this_ns };
+                } else if whole {
+                    row.done_offset = 0;
                 }
                 Turn { info, row }
             })
@@ -134,7 +141,7 @@ impl Repository {
                 noted = report.bytes;
                 state.common.catalog.note_verified(state.number, info.number, row).await?;
             }
-            pace(began, report.bytes, bytes_per_second).await;
+            pace(state, began, report.bytes, bytes_per_second).await;
         }
         if report.bytes < budget {
             row.done_offset = info.blocks_end;
@@ -199,15 +206,18 @@ fn check(state: &State, pack: u32, entry: FooterEntry) -> Result<Option<String>,
 
 const EIO: i32 = rustix::io::Errno::IO.raw_os_error();
 
-/// Waits until `bytes` since `began` are no more than the rate allows.
-async fn pace(began: std::time::Instant, bytes: u64, bytes_per_second: u64) {
+/// Waits until `bytes` since `began` are no more than the rate allows, or the repository is being closed.
+async fn pace(state: &State, began: std::time::Instant, bytes: u64, bytes_per_second: u64) {
     if bytes_per_second == 0 {
         return;
     }
-    let due = Duration::from_millis(bytes.saturating_mul(1000) / bytes_per_second);
-    let wait = due.saturating_sub(clock::now().saturating_duration_since(began));
-    if wait > Duration::from_millis(20) {
-        tokio::time::sleep(wait).await;
+    let due = began + Duration::from_millis(bytes.saturating_mul(1000) / bytes_per_second);
+    loop {
+        let wait = due.saturating_duration_since(clock::now());
+        if wait <= Duration::from_millis(20) || state.stopping.load(Ordering::Relaxed) {
+            return;
+        }
+        tokio::time::sleep(wait.min(PAUSE_MAX)).await;
     }
 }
 

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+use strandline_actors::machines::retention::Policy;
 
 const DAY: Duration = Duration::from_hours(24);
 
@@ -31,6 +32,11 @@ pub struct RepositorySettings {
     pub scrub_bytes_per_second: u64,
     /// A pack whose live bytes are fewer than this many percent of its blocks' bytes is emptied and removed.
     pub compact_below_percent: u8,
+    /// Which snapshots the server keeps by its own policy; it deletes the others. None: all.
+    pub retention: Option<Policy>,
+    /// How often the server applies that policy; zero: never.
+    #[serde(with = "humantime_serde")]
+    pub retention_every: Duration,
 }
 
 impl Default for RepositorySettings {
@@ -44,6 +50,8 @@ impl Default for RepositorySettings {
             scrub_every: 30 * DAY,
             scrub_bytes_per_second: 64 << 20,
             compact_below_percent: 20,
+            retention: None,
+            retention_every: DAY,
         }
     }
 }

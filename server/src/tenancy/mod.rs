@@ -21,7 +21,8 @@ use strandline_messages::identity::EnrolmentSecret;
 use strandline_messages::{AgentId, TenantName};
 
 pub use enrol::{EnrolError, Enrolled, Machine, enrol, renew};
-use journal::{AgentIdText, Event, JOURNAL_NAME, Journal};
+pub(crate) use journal::JOURNAL_NAME;
+use journal::{AgentIdText, Event, Journal};
 pub(crate) use records::hexadecimal;
 pub use records::{AgentRecord, AgentState, TenantRecord};
 
