@@ -138,7 +138,7 @@ fn sixty_days_of_backups_retention_and_collection_leave_every_kept_snapshot_as_i
         println!("NOT RUN: libfaketime is not installed (Debian package faketime), so no program can live sixty days");
         return Ok(());
     };
-    let snapshots: u64 = if long() { 200 } else { 40 };
+    let snapshots: u64 = if long() { 200 } else { 30 };
     let mut history = History::new(library)?;
     let source = history.path("source");
     let files = if long() { 2000 } else { 600 };
