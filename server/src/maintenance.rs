@@ -96,7 +96,7 @@ impl Maintenance {
         if let Some(timer) = self.timer.take() {
             context.cancel_future(timer);
         }
-        self.timer = Some(context.run_later(wait, |actor, context| actor.look(context)));
+        self.timer = Some(context.run_later(wait, Self::look));
     }
 }
 

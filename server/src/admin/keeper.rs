@@ -177,7 +177,7 @@ async fn set(repository: &Repository, changes: &BTreeMap<String, String>) -> Res
         settings =
             change_setting(&settings, key, value).map_err(|why| Failure::new(format!("{why}; nothing was changed")))?;
     }
-    if let Some(Err(why)) = settings.retention.as_ref().map(Policy::check) {
+    if let Some(Err(why)) = settings.retention.as_deref().map(Policy::check) {
         return Err(Failure::new(format!("{why}; no setting was changed")));
     }
     repository.set_settings(settings).await?;

@@ -130,7 +130,7 @@ pub fn change_setting(settings: &RepositorySettings, key: &str, value: &str) -> 
 /// `settings` with one rule of the policy changed. Lists are written with commas, several sets of tags with semicolons.
 fn change_policy(settings: &RepositorySettings, rule: &str, value: &str) -> Result<RepositorySettings, String> {
     let default = || Policy { group_by: [GroupBy::Host, GroupBy::Job].into(), ..Policy::default() };
-    let policy = settings.retention.clone().unwrap_or_else(default);
+    let policy = settings.retention.as_deref().cloned().unwrap_or_else(default);
     let mut object = serde_json::to_value(policy).map_err(|error| error.to_string())?;
     let list = |text: &str, separator: char| -> Vec<String> {
         text.split(separator).filter(|item| !item.is_empty()).map(str::to_owned).collect()
@@ -148,7 +148,7 @@ fn change_policy(settings: &RepositorySettings, rule: &str, value: &str) -> Resu
     if policy.group_by.contains(&GroupBy::Paths) {
         return Err("a server cannot see paths: group by host, job or tags".to_owned());
     }
-    Ok(RepositorySettings { retention: Some(policy), ..settings.clone() })
+    Ok(RepositorySettings { retention: Some(Box::new(policy)), ..settings.clone() })
 }
 
 #[cfg(test)]

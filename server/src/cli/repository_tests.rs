@@ -96,7 +96,7 @@ fn snapshots_are_deleted_brought_back_protected_and_freed() {
     let decided = strand_server(data, &["snapshot", "delete", &kept, &gone[..12], "--reason", "too old"]);
     assert_eq!(decided.code, EXIT_FAILED);
     assert!(decided.out.contains(&gone) && decided.err.contains("protected"), "{} {}", decided.out, decided.err);
-    assert_eq!(listed(data, &[]), [kept.clone()]);
+    assert_eq!(listed(data, &[]), std::slice::from_ref(&kept));
     let deleted = strand_server(data, &["snapshot", "list", "home/main", "--deleted"]);
     assert!(deleted.out.contains("too old"), "{}", deleted.out);
     assert_eq!(strand_server(data, &["snapshot", "undelete", &gone]).code, EXIT_DONE);

@@ -33,7 +33,7 @@ pub struct RepositorySettings {
     /// A pack whose live bytes are fewer than this many percent of its blocks' bytes is emptied and removed.
     pub compact_below_percent: u8,
     /// Which snapshots the server keeps by its own policy; it deletes the others. None: all.
-    pub retention: Option<Policy>,
+    pub retention: Option<Box<Policy>>,
     /// How often the server applies that policy; zero: never.
     #[serde(with = "humantime_serde")]
     pub retention_every: Duration,

@@ -79,7 +79,7 @@ pub fn inspect(kind: Kind, path: &Path, offset: u64) -> anyhow::Result<Inspectio
         Kind::Pack => pack::pack(&file, path),
         Kind::Block => pack::block(&file, path, offset, false),
         Kind::Tree => pack::block(&file, path, offset, true),
-        Kind::State => pack::state(&bytes_of(&file, path, offset)?, offset),
+        Kind::State => Ok(pack::state(&bytes_of(&file, path, offset)?, offset)),
         Kind::Manifest => Ok(single::manifest(&bytes_of(&file, path, offset)?, offset, path)),
         Kind::Receipt => Ok(single::receipt(&bytes_of(&file, path, offset)?, offset)),
         Kind::Slot => Ok(single::slot(&bytes_of(&file, path, offset)?, offset)),
@@ -163,7 +163,7 @@ impl<'a> Walker<'a> {
         self.take(name, n, |bytes| format!("{} bytes, sealed: readable only with the key", bytes.len()))
     }
 
-    fn magic(&mut self, magic: &[u8; 8]) -> Option<()> {
+    fn magic(&mut self, magic: [u8; 8]) -> Option<()> {
         let offset = self.offset();
         let found = self.take("magic", 8, |bytes| bytes.escape_ascii().to_string())?;
         if found == magic {

@@ -79,7 +79,7 @@ fn read(file: &File, at: u64, bytes: u64, file_bytes: u64) -> std::io::Result<Ve
 }
 
 fn pack_header(walker: &mut Walker<'_>) -> Option<()> {
-    walker.magic(&PACK_MAGIC)?;
+    walker.magic(PACK_MAGIC)?;
     walker.version(PACK_VERSION)?;
     walker.zeros(6)?;
     walker.hex("repository id", 16)?;
@@ -91,7 +91,7 @@ fn pack_header(walker: &mut Walker<'_>) -> Option<()> {
 }
 
 fn pack_tail(walker: &mut Walker<'_>, blocks: usize) -> Option<()> {
-    walker.magic(&FOOTER_MAGIC)?;
+    walker.magic(FOOTER_MAGIC)?;
     walker.u32("number of blocks")?;
     let entries = walker.bytes.len().saturating_sub(walker.at + TRAILER_BYTES);
     walker.take("entries", entries, |_| format!("the {blocks} blocks above, 43 bytes each"))?;
@@ -102,7 +102,7 @@ fn pack_tail(walker: &mut Walker<'_>, blocks: usize) -> Option<()> {
     if walker.hex("digest of the footer", 32)? != covered.as_bytes() {
         walker.problem(offset, "the digest does not match the footer");
     }
-    walker.magic(&END_MAGIC)
+    walker.magic(END_MAGIC)
 }
 
 /// What a block on disk is not as it should be; nothing if it is intact.
@@ -146,7 +146,7 @@ pub(super) fn block(file: &File, path: &Path, offset: u64, trees: bool) -> anyho
 }
 
 fn block_fields(walker: &mut Walker<'_>, trees: bool) -> Option<()> {
-    walker.magic(&BLOCK_MAGIC)?;
+    walker.magic(BLOCK_MAGIC)?;
     walker.version(BLOCK_VERSION)?;
     let at = walker.offset();
     let kind = walker.choice("kind", 1, &KINDS)?;
@@ -210,14 +210,14 @@ fn row(walker: &mut Walker<'_>, n: u32, tree: bool, show_references: bool) -> Op
 }
 
 /// A pack's state file.
-pub(super) fn state(bytes: &[u8], base: u64) -> anyhow::Result<Inspection> {
+pub(super) fn state(bytes: &[u8], base: u64) -> Inspection {
     let mut walker = Walker::new("state", bytes, base);
     let _ = state_fields(&mut walker);
-    Ok(walker.finish())
+    walker.finish()
 }
 
 fn state_fields(walker: &mut Walker<'_>) -> Option<()> {
-    walker.magic(&STATE_MAGIC)?;
+    walker.magic(STATE_MAGIC)?;
     walker.version(STATE_VERSION)?;
     walker.zeros(2)?;
     walker.u32("pack number")?;
@@ -231,17 +231,14 @@ fn state_fields(walker: &mut Walker<'_>) -> Option<()> {
         let at = walker.offset();
         let record = rest.get(..STATE_RECORD_BYTES).and_then(|bytes| header.decode_records(bytes).next());
         let name = format!("record {n}");
-        match record {
-            Some(record) => walker.take(&name, STATE_RECORD_BYTES, |_| {
-                let state = if record.state == RecordedState::Freed { "freed" } else { "withdrawn" };
-                format!("block at {} {state}, {} ns", record.offset, record.at_ns)
-            })?,
-            None => {
-                let taken = walker.take(&name, rest.len().min(STATE_RECORD_BYTES), |_| "does not count".to_owned())?;
-                walker.problem(at, "the check of this record is wrong: a crash left part of it, or it is damaged");
-                taken
-            }
-        };
+        if let Some(record) = record {
+            let state = if record.state == RecordedState::Freed { "freed" } else { "withdrawn" };
+            let value = format!("block at {} {state}, {} ns", record.offset, record.at_ns);
+            walker.take(&name, STATE_RECORD_BYTES, |_| value)?;
+        } else {
+            walker.take(&name, rest.len().min(STATE_RECORD_BYTES), |_| "does not count".to_owned())?;
+            walker.problem(at, "the check of this record is wrong: a crash left part of it, or it is damaged");
+        }
     }
     Some(())
 }

@@ -33,7 +33,7 @@ pub(super) fn manifest(bytes: &[u8], base: u64, path: &Path) -> Inspection {
 }
 
 fn manifest_fields(walker: &mut Walker<'_>) -> Option<()> {
-    walker.magic(&MANIFEST_MAGIC)?;
+    walker.magic(MANIFEST_MAGIC)?;
     walker.version(MANIFEST_VERSION)?;
     walker.hex("repository id", 16)?;
     walker.choice("kind of root", 1, &KINDS)?;
@@ -93,7 +93,7 @@ pub(super) fn receipt(bytes: &[u8], base: u64) -> Inspection {
 }
 
 fn receipt_fields(walker: &mut Walker<'_>) -> Option<()> {
-    walker.magic(&RECEIPT_MAGIC)?;
+    walker.magic(RECEIPT_MAGIC)?;
     walker.version(RECEIPT_VERSION)?;
     walker.hex("repository id", 16)?;
     walker.hex("snapshot id", 32)?;
@@ -112,7 +112,7 @@ pub(super) fn slot(bytes: &[u8], base: u64) -> Inspection {
 }
 
 fn slot_fields(walker: &mut Walker<'_>) -> Option<()> {
-    walker.magic(&SLOT_MAGIC)?;
+    walker.magic(SLOT_MAGIC)?;
     walker.version(KEYS_VERSION)?;
     walker.hex("repository id", 16)?;
     walker.hex("slot id", 16)?;
@@ -136,7 +136,7 @@ pub(super) fn repository(bytes: &[u8], base: u64) -> Inspection {
 }
 
 fn repository_fields(walker: &mut Walker<'_>) -> Option<()> {
-    walker.magic(&REPOSITORY_MAGIC)?;
+    walker.magic(REPOSITORY_MAGIC)?;
     walker.version(REPOSITORY_VERSION)?;
     walker.hex("repository id", 16)?;
     walker.text("name", limits::NAME_BYTES_MAX)?;
