@@ -4,7 +4,7 @@
 //! Two connections: a restore session fetches, a repack session stores. A crash leaves both copies, which the next collection
 //! sees: it keeps one. Memory: one page of blocks, the send window, and the credit of the restore session.
 
-use std::collections::HashMap;
+use std::collections::HashSet;
 use std::sync::Arc;
 
 use actix::Actor;
@@ -108,16 +108,13 @@ impl Repack<'_> {
         writer.begin(SessionKind::Repack, &self.repository.name, self.keyset, Some(news)).await?;
         let sink: Arc<dyn BlockSink> = WindowSink::new(dispatcher.clone(), budget);
         let resealed = self.reseal(&sink, bytes_wasted).await;
-        let reason = match &resealed {
-            Ok(_) => {
-                // Answered when every block is acknowledged durable; the dispatcher ends with this run.
-                let _ = dispatcher.send(FinishDispatch).await;
-                ""
-            }
-            Err(_) => {
-                let _ = dispatcher.send(AbandonDispatch).await;
-                "blocks were not resealed"
-            }
+        let reason = if resealed.is_ok() {
+            // Answered when every block is acknowledged durable; the dispatcher ends with this run.
+            let _ = dispatcher.send(FinishDispatch).await;
+            ""
+        } else {
+            let _ = dispatcher.send(AbandonDispatch).await;
+            "blocks were not resealed"
         };
         let lost = view.take_fault();
         writer.end_session(reason).await;
@@ -212,11 +209,11 @@ struct Resealer {
 impl Resealer {
     fn take_page(&mut self, source: &dyn ChunkSource, ids: &[ChunkId]) -> Result<(), RepackError> {
         for batch in ids.chunks(limits::FETCH_IDS_MAX) {
-            let mut wanted: HashMap<ChunkId, ()> = batch.iter().map(|id| (*id, ())).collect();
+            let mut wanted: HashSet<ChunkId> = batch.iter().copied().collect();
             for block in source.fetch(batch.to_vec())? {
                 let block = block?;
                 for (place, row) in block.rows().iter().enumerate() {
-                    if wanted.remove(&row.id).is_none() {
+                    if !wanted.remove(&row.id) {
                         continue;
                     }
                     let chunk = block.chunk(place)?;
@@ -224,7 +221,7 @@ impl Resealer {
                 }
             }
             if !wanted.is_empty() {
-                return Err(FetchError::Missing { chunks: wanted.into_keys().collect() }.into());
+                return Err(FetchError::Missing { chunks: wanted.into_iter().collect() }.into());
             }
         }
         Ok(())

@@ -191,7 +191,9 @@ impl Verifier {
                     | FetchError::Damaged { chunks, .. }
                     | FetchError::Unreadable { chunks, .. } = &error
                     {
-                        chunks.iter().for_each(|chunk| drop(missing.remove(chunk)));
+                        for chunk in chunks {
+                            missing.remove(chunk);
+                        }
                     }
                     continue;
                 }

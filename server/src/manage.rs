@@ -121,8 +121,8 @@ async fn carry_out(repository: &Repository, peer: &Peer, operation: Operation) -
         Operation::Supersede { blocks } => {
             let (pairs, _) = blocks.as_chunks::<8>();
             let place = |pair: &[u8; 8]| {
-                let [a, b, c, d, e, f, g, h] = *pair;
-                (u32::from_le_bytes([a, b, c, d]), u32::from_le_bytes([e, f, g, h]))
+                let [pack, offset] = [0, 32].map(|shift| u64::from_le_bytes(*pair) >> shift & u64::from(u32::MAX));
+                (u32::try_from(pack).unwrap_or_default(), u32::try_from(offset).unwrap_or_default())
             };
             done(repository.supersede(pairs.iter().map(place)).await)
         }

@@ -61,7 +61,7 @@ fn s37_s52_after_a_rebuild_by_command_snapshots_restores_and_revocations_are_as_
     let rebuilt: Value = serde_json::from_str(rig.administer(&["catalog", "rebuild", "--json"])?.trim())?;
     ensure!(rebuilt["agents"] == 2 && rebuilt["repositories"][0]["snapshots"] == 1, "{rebuilt}");
     rig.start_server()?;
-    ensure!(writer.snapshots()? == [kept.clone()]);
+    ensure!(writer.snapshots()? == std::slice::from_ref(&kept));
     writer.restore_and_compare(&kept, &source, &expected, &rig.scratch().join("restored"))?;
     let refused = thief.run(&["snapshots"])?;
     ensure!(refused.status.code() != Some(0), "a revoked agent is let in again");

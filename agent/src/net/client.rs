@@ -112,6 +112,7 @@ impl Client {
     }
 
     /// Another connection to the same server: one speaks for one session.
+    #[must_use]
     pub fn another(&self) -> Self {
         Self::start(Arc::clone(&self.connector))
     }

@@ -133,6 +133,7 @@ impl Catalog {
         after: u64,
         limit: usize,
     ) -> Result<(Vec<(u64, RootRow)>, u64), CatalogError> {
+        type Row = (i64, Vec<u8>, Vec<u8>, Vec<u8>);
         let doing = "list the snapshots";
         let mut reading = self.pool().begin().await.map_err(sql(doing))?;
         // The first read fixes the moment that both see.
@@ -141,7 +142,7 @@ impl Catalog {
             .fetch_one(&mut *reading)
             .await
             .map_err(sql(doing))?;
-        let rows: Vec<(i64, Vec<u8>, Vec<u8>, Vec<u8>)> = sqlx::query_as(
+        let rows: Vec<Row> = sqlx::query_as(
             "SELECT place, id, domain, manifest FROM snapshots WHERE repository = ? AND place > ? ORDER BY place LIMIT ?",
         )
         .bind(repository)
@@ -150,7 +151,7 @@ impl Catalog {
         .fetch_all(&mut *reading)
         .await
         .map_err(sql(doing))?;
-        let row = |(place, snapshot, domain, manifest): (i64, Vec<u8>, Vec<u8>, Vec<u8>)| {
+        let row = |(place, snapshot, domain, manifest): Row| {
             let id_of = id("snapshot id", &snapshot, SnapshotId::from_slice)?;
             let domain = id("writer domain", &domain, DomainId::from_slice)?;
             Ok((unsigned(place), RootRow { id: id_of, domain, manifest }))

@@ -319,12 +319,11 @@ impl Repository {
     /// Brings deleted snapshots back.
     pub async fn undelete_snapshots(&self, snapshots: &[SnapshotId]) -> Result<Vec<LeftAlone>, EngineError> {
         let at_ns = clock::wall_ns();
-        self.decide(snapshots, |snapshot, kept| match kept.deletion {
-            None => Decision::Nothing,
-            Some(_) => {
-                let event = Event::Undeleted { snapshot: Hex::of(snapshot), at_ns };
-                Decision::Do(event, Change::Deletion(None))
+        self.decide(snapshots, |snapshot, kept| {
+            if kept.deletion.is_none() {
+                return Decision::Nothing;
             }
+            Decision::Do(Event::Undeleted { snapshot: Hex::of(snapshot), at_ns }, Change::Deletion(None))
         })
         .await
     }

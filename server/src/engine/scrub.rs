@@ -37,8 +37,8 @@ impl Repository {
     pub async fn scrub(&self, subset: ScrubSubset, bytes_per_second: u64) -> Result<ScrubReport, EngineError> {
         let state = &self.state;
         let _one_at_a_time = state.maintaining.lock().await;
-        let mut report = ScrubReport::default();
-        report.withdrawn_before = state.blocks.read().await.count(|state| state == BlockState::Withdrawn);
+        let withdrawn_before = state.blocks.read().await.count(|state| state == BlockState::Withdrawn);
+        let mut report = ScrubReport { withdrawn_before, ..ScrubReport::default() };
         let turns = self.turns(subset).await?;
         let budget = match subset {
             ScrubSubset::All | ScrubSubset::Part { .. } => u64::MAX,

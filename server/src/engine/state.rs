@@ -325,7 +325,9 @@ impl State {
         self.packs.write().remove(&number);
         self.common.catalog.forget_pack(self.number, number).await?;
         let mut states = self.blocks.write().await;
-        blocks.iter().for_each(|&place| states.set(place, BlockState::Live));
+        for &place in blocks {
+            states.set(place, BlockState::Live);
+        }
         Ok(())
     }
 

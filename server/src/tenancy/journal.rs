@@ -97,7 +97,9 @@ mod tests {
         ];
         let storage = tempfile::tempdir().unwrap();
         let mut journal = Journal::open(&storage.path().join(JOURNAL_NAME)).unwrap();
-        events.iter().for_each(|event| journal.append(event).unwrap());
+        for event in &events {
+            journal.append(event).unwrap();
+        }
         assert_eq!(journal.replay().unwrap(), Replay { events: events.to_vec(), damaged: vec![] });
     }
 }

@@ -135,19 +135,16 @@ impl Repository {
             }
             let publication =
                 Publication { changes: batch.clone(), unflag: Vec::new(), commits_seen: Some(seen.commits) };
-            match state.publish(publication).await? {
-                Some(_) => {
-                    let revived = batch.iter().filter(|(_, state)| *state == BlockState::Live).count();
-                    marked.revive.drain(..revived);
-                    marked.condemn.drain(..batch.len() - revived);
+            if state.publish(publication).await?.is_some() {
+                let revived = batch.iter().filter(|(_, state)| *state == BlockState::Live).count();
+                marked.revive.drain(..revived);
+                marked.condemn.drain(..batch.len() - revived);
+            } else {
+                attempts += 1;
+                if attempts > ATTEMPTS_MAX {
+                    return Err(EngineError::Busy { attempts });
                 }
-                None => {
-                    attempts += 1;
-                    if attempts > ATTEMPTS_MAX {
-                        return Err(EngineError::Busy { attempts });
-                    }
-                    marked = self.mark(&mut marks, &mut seen, &young, report).await?;
-                }
+                marked = self.mark(&mut marks, &mut seen, &young, report).await?;
             }
         }
         drop(marks);
@@ -306,14 +303,12 @@ struct KeptMarks {
 
 impl KeptMarks {
     fn resume(before: Option<Self>, state: &State) -> Result<Self, EngineError> {
-        match before {
-            Some(marks) => Ok(marks),
-            None => {
-                let inventory = Arc::new(Inventory::take(state)?);
-                let parts = mark::Parts::new(&inventory, state);
-                Ok(Self { inventory, parts })
-            }
+        if let Some(marks) = before {
+            return Ok(marks);
         }
+        let inventory = Arc::new(Inventory::take(state)?);
+        let parts = mark::Parts::new(&inventory, state);
+        Ok(Self { inventory, parts })
     }
 
     fn walk(&mut self, state: &State, roots: &[crate::catalog::snapshots::RootRow]) -> Result<(), EngineError> {
@@ -337,14 +332,13 @@ impl KeptMarks {
             let needed = parts.needed.count(chunks.clone());
             let bytes = u64::from(block.bytes);
             match (states.of(place.0, place.1), needed) {
-                (BlockState::Freeing | BlockState::Freed, _) => continue,
+                (BlockState::Freeing | BlockState::Freed, _) | (BlockState::Condemned { .. }, 0) => continue,
                 (BlockState::Withdrawn, _) => {
                     if !parts.wanted.contains(&place) {
                         spent.push(place);
                     }
                     continue;
                 }
-                (BlockState::Condemned { .. }, 0) => continue,
                 (BlockState::Condemned { .. }, _) => {
                     report.blocks_revived += 1;
                     revive.push(place);

@@ -116,8 +116,8 @@ impl Site {
 
     fn packs(&self) -> usize {
         let paths = DataPaths::new(self.dir.path()).repository(&tenant(), &REPOSITORY);
-        let names = std::fs::read_dir(paths.packs()).unwrap().map(|entry| entry.unwrap().file_name());
-        names.filter(|name| name.to_str().unwrap().ends_with(".pack")).count()
+        let files = std::fs::read_dir(paths.packs()).unwrap().map(|entry| entry.unwrap().path());
+        files.filter(|path| path.extension().is_some_and(|extension| extension == "pack")).count()
     }
 }
 
@@ -343,7 +343,7 @@ async fn a_tree_that_was_moved_is_still_complete() {
 #[actix_rt::test]
 async fn what_a_session_left_without_a_snapshot_is_kept_for_its_next_attempt() {
     let mut site = Site::new().await;
-    site.settings(|settings| settings.keep_uncommitted = std::time::Duration::from_secs(3600)).await;
+    site.settings(|settings| settings.keep_uncommitted = std::time::Duration::from_hours(1)).await;
     let lease = site.session().await;
     site.store(&lease, 0, data_block(REPOSITORY, &[id(1)])).await;
     let report = site.gc().await;
@@ -380,7 +380,7 @@ async fn a_snapshot_that_is_being_read_is_not_purged() {
 async fn nobody_deletes_what_is_younger_than_the_minimum_retention_and_agents_only_where_they_may() {
     let mut site = Site::new().await;
     let snapshot = site.snapshot(100, &[&[1]]).await;
-    site.settings(|settings| settings.min_retention = std::time::Duration::from_secs(3600)).await;
+    site.settings(|settings| settings.min_retention = std::time::Duration::from_hours(1)).await;
     for by in [Deleter::Server, Deleter::Agent(AGENT)] {
         let left = site.repository.delete_snapshots(&[snapshot], by, "").await.unwrap();
         assert!(left[0].1.contains("1h"), "{left:?}");
