@@ -212,7 +212,7 @@ mod tests {
         assert_eq!(machine.start(now + DAY), Some("gc"));
         let mut machine = MaintenanceMachine::default();
         machine.know(now, YEARS, [("gc", wanted(999, Some(2 * YEARS)))]);
-        assert_eq!(machine.start(now + DAY - Duration::from_secs(1)), None, "it ended, by its note, later than now");
+        assert_eq!(machine.start(now + Duration::from_secs(86_399)), None, "it ended, by its note, later than now");
         assert_eq!(machine.start(now + DAY + SPREAD_MAX), Some("gc"));
     }
 
@@ -275,7 +275,7 @@ mod tests {
             let (piece_every, permille) = pieces(every);
             let count = 1000_u32.div_ceil(permille);
             assert!(piece_every * count <= every + Duration::from_secs(1), "{seconds}");
-            assert!(permille >= 1 && permille <= 1000);
+            assert!((1..=1000).contains(&permille));
         }
         assert_eq!(pieces(30 * DAY), (DAY, 34));
         assert_eq!(pieces(Duration::from_secs(1)), (Duration::from_secs(1), 1000));
