@@ -13,7 +13,7 @@
 //! - Every chunk is verified against its id before a byte of it is returned. What cannot be had is `EIO` for the range
 //!   that needs it, with one line in the log; the rest stays readable.
 //! - Nobody holds an opened data block while it waits for anything (see `chunks`), so the session never runs dry.
-//! - Every wait ends: after [`patience`] without news the answer is `EIO`, while the session goes on trying.
+//! - Every wait ends: after `patience` without news the answer is `EIO`, while the session goes on trying.
 //!
 //! Memory: the chunk cache (`cache_bytes`), 8 tree caches of 16 MiB, 32 decoded leaves of each kind of list, one record for
 //! each inode that the kernel holds, and one request's bytes for each thread.
