@@ -19,6 +19,9 @@ use strandline_tests::process::{self, Finished};
 use strandline_tests::random::Random;
 use strandline_tests::rig::{Agent, PATIENCE, Rig, Summary, copy_tree};
 
+/// With more snapshots than this each step deletes one: all that are left are compared in the end.
+const SNAPSHOTS_MAX: usize = 120;
+
 fn long() -> bool {
     std::env::var_os("STRAND_LONG").is_some()
 }
@@ -86,6 +89,9 @@ fn work(world: &World, agent: &Agent, source: &Path, seed: u64, may_fail: bool) 
     let mut random = Random::new(seed);
     Corpus { seed, files: 60, big_bytes: 300_000, beyond_path_max: false }.create(source)?;
     while !world.done.load(Ordering::Relaxed) {
+        if world.list().len() > SNAPSHOTS_MAX {
+            forget(world, agent, &mut random, may_fail)?;
+        }
         match random.below(10) {
             0..=4 => backup(world, agent, source, &mut random, may_fail)?,
             5..=6 => restore(world, agent, &mut random, may_fail)?,
