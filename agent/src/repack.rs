@@ -159,6 +159,10 @@ impl Repack<'_> {
             let mut ids = Vec::new();
             for block in mine {
                 let needed = split_ids(&block.needed, limits::BLOCK_CHUNKS_MAX).unwrap_or_default();
+                if needed.is_empty() {
+                    // It was freed or moved since it was listed.
+                    continue;
+                }
                 wasted += wasted_by(&block, needed.len());
                 old.push((block.pack, block.offset));
                 if let Some(resealer) = &mut resealer {

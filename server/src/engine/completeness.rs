@@ -118,13 +118,18 @@ fn flag_block(
     Ok(flags.len() == rows.len())
 }
 
-/// The chunk table of a tree block; `None` if the block is damaged, which makes its chunks as good as missing.
+/// The chunk table of a tree block; `None` if the block is damaged, which makes its chunks as good as missing, or if it was moved
+/// to another pack in this moment.
 fn read_rows(state: &State, pack: u32, offset: u32, bytes: u32) -> Result<Option<Vec<ChunkRow>>, EngineError> {
     let block = match state.reader.read_block(pack, offset, bytes) {
         Err(error @ StorageError::Damaged { .. }) => {
-            tracing::error!(%error, "a tree block is damaged");
+            // What was freed meanwhile reads as damaged, too.
+            if state.blocks.blocking_read().of(pack, offset) == BlockState::Live {
+                tracing::error!(%error, "a tree block is damaged");
+            }
             return Ok(None);
         }
+        Err(StorageError::Gone { .. }) => return Ok(None),
         other => other?,
     };
     // The block was parsed when its digest was compared; a failure here would be one there.
@@ -226,8 +231,23 @@ impl<'a> Walk<'a> {
         Ok(None)
     }
 
-    /// Reads tree `id` and puts it on the stack.
+    /// Reads tree `id` and puts it on the stack. A copy that was moved between finding and reading it is found again.
     fn enter(&mut self, id: ChunkId) -> Result<(), EngineError> {
+        for _ in 0..2 {
+            if self.enter_copy(id)? {
+                return Ok(());
+            }
+        }
+        self.miss(id);
+        self.settle(id, false);
+        if let Some(parent) = self.stack.last_mut() {
+            parent.complete = false;
+        }
+        Ok(())
+    }
+
+    /// Whether a copy of the tree could be read.
+    fn enter_copy(&mut self, id: ChunkId) -> Result<bool, EngineError> {
         let copies: Vec<Copy> = self.state.index.find(self.domain, &[id])?.copies(0).copied().collect();
         for copy in copies.into_iter().filter(|copy| copy.kind == ChunkKind::Tree) {
             let usable = is_usable(self.state.blocks.blocking_read().of(copy.pack, copy.offset), self.lease_epoch);
@@ -241,14 +261,9 @@ impl<'a> Walk<'a> {
             self.pending += node.children.len();
             self.path.insert(id);
             self.stack.push(node);
-            return Ok(());
+            return Ok(true);
         }
-        self.miss(id);
-        self.settle(id, false);
-        if let Some(parent) = self.stack.last_mut() {
-            parent.complete = false;
-        }
-        Ok(())
+        Ok(false)
     }
 
     /// Leaves the tree on top of the stack: all below it has been seen.

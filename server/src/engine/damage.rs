@@ -170,7 +170,7 @@ fn above(state: &State, inventory: &Inventory, damaged: HashSet<ChunkId>) -> Res
             }
             let bytes = match state.reader.read_block(pack.number, block.offset, block.bytes) {
                 // It is damaged itself; its turn comes when it is scrubbed.
-                Err(StorageError::Damaged { .. }) => continue,
+                Err(StorageError::Damaged { .. } | StorageError::Gone { .. }) => continue,
                 other => other?,
             };
             let Ok(view) = BlockView::parse(&bytes) else { continue };

@@ -198,7 +198,8 @@ impl Repository {
             self.state.admit(lease);
         }
         if let Some(old) = superseded {
-            self.flag_and_dismiss(old, domain).await?;
+            let ranges = self.flag_and_dismiss(old, domain).await?;
+            self.keep_uncommitted(&ranges).await?;
         }
         Ok(opened)
     }
@@ -269,7 +270,11 @@ impl Repository {
     /// and its trees that are complete are flagged, so that the next session need not send them.
     pub async fn end_session(&self, lease: &Lease, end: SessionEnd, reason: &str) -> Result<(), EngineError> {
         if self.state.assert_current(lease).is_ok() {
-            self.flag_and_dismiss(lease.session, lease.domain).await?;
+            let ranges = self.flag_and_dismiss(lease.session, lease.domain).await?;
+            // What was finished will not be tried again.
+            if end != SessionEnd::Finished {
+                self.keep_uncommitted(&ranges).await?;
+            }
         }
         let reason = reason.get(..reason.floor_char_boundary(limits::TEXT_BYTES_MAX)).unwrap_or_default();
         self.state.common.catalog.end_session(&lease.session, lease.fence, end, reason, clock::wall_ns()).await?;
@@ -372,15 +377,15 @@ impl Repository {
         Ok(recorded?)
     }
 
-    async fn flag_and_dismiss(&self, session: SessionId, domain: DomainId) -> Result<(), EngineError> {
+    /// Ends a session's right to write and flags those of its trees that are complete; where its blocks lie.
+    async fn flag_and_dismiss(&self, session: SessionId, domain: DomainId) -> Result<Vec<PackRange>, EngineError> {
         let state = Arc::clone(&self.state);
-        let ranges = blocking(move || {
+        blocking(move || {
             let (trees, ranges) = state.dismiss(&session);
             flag_trees(&state, domain, trees)?;
             Ok(ranges)
         })
-        .await?;
-        self.keep_uncommitted(&ranges).await
+        .await
     }
 }
 

@@ -33,10 +33,9 @@ struct Turn {
 
 impl Repository {
     /// Reads the blocks of `subset` again, at most `bytes_per_second` (0: no limit). Blocks in packs that are still written to
-    /// are left for the next time.
+    /// are left for the next time. Other maintenance may have its turn between two packs.
     pub async fn scrub(&self, subset: ScrubSubset, bytes_per_second: u64) -> Result<ScrubReport, EngineError> {
         let state = &self.state;
-        let _one_at_a_time = state.maintaining.lock().await;
         let withdrawn_before = state.blocks.read().await.count(|state| state == BlockState::Withdrawn);
         let mut report = ScrubReport { withdrawn_before, ..ScrubReport::default() };
         let turns = self.turns(subset).await?;
@@ -52,6 +51,11 @@ impl Repository {
         for turn in turns {
             if report.bytes >= budget {
                 break;
+            }
+            let _one_at_a_time = state.maintaining.lock().await;
+            if !state.pack_infos().contains(&turn.info) {
+                // It was removed since.
+                continue;
             }
             let damaged = self.scrub_pack(turn, budget, &mut report, (began, bytes_per_second)).await?;
             self.withdraw(&damaged).await?;
@@ -195,7 +199,7 @@ fn check(state: &State, pack: u32, entry: FooterEntry) -> Result<Option<String>,
         Ok(_) => {
             Ok(Some(format!("the block at offset {} of pack {pack:08x} is another than its pack lists", entry.offset)))
         }
-        Err(error @ StorageError::Damaged { .. }) => Ok(Some(error.to_string())),
+        Err(error @ (StorageError::Damaged { .. } | StorageError::Gone { .. })) => Ok(Some(error.to_string())),
         // A sector that the disk cannot read any more is lost like one that it reads wrong.
         Err(StorageError::Io { source, .. }) if source.raw_os_error() == Some(EIO) => {
             Ok(Some(format!("the block at offset {} of pack {pack:08x} cannot be read: {source}", entry.offset)))

@@ -49,6 +49,14 @@ pub enum StorageError {
         /// What is wrong with it.
         source: FormatError,
     },
+    /// A pack is not there (any more).
+    #[error(
+        "pack {pack:08x} is not there: it was removed in this moment, its needed blocks being elsewhere, or it is lost; other packs are intact; try again"
+    )]
+    Gone {
+        /// The pack's number.
+        pack: u32,
+    },
     /// Another process owns the data directory.
     #[error("{path} is in use by {holder}; nothing was changed; wait for it to end or raise --lock-wait", path = .path.display())]
     Locked {

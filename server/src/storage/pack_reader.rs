@@ -98,7 +98,10 @@ impl PackReader {
             return Ok(Arc::clone(file));
         }
         let path = self.paths.pack(pack);
-        let file = Arc::new(File::open(&path).map_err(StorageError::io("open", &path))?);
+        let file = match File::open(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(StorageError::Gone { pack }),
+            opened => Arc::new(opened.map_err(StorageError::io("open", &path))?),
+        };
         if open.files.len() >= OPEN_PACKS_MAX {
             let oldest = open.files.iter().min_by_key(|(_, (_, used))| *used).map(|(&pack, _)| pack);
             oldest.map(|pack| open.files.remove(&pack));

@@ -16,6 +16,7 @@ use super::free::free;
 use super::inventory::{Inventory, PackBlocks};
 use crate::catalog::repositories::BlockPlace;
 use crate::index::Copy;
+use crate::storage::StorageError;
 use crate::storage::pack_writer::{NewBlock, PackWriter};
 
 /// Blocks that are read and stored at a time; at most 5 MiB each.
@@ -81,7 +82,7 @@ async fn move_block(
         let state = Arc::clone(state);
         blocking(move || {
             let bytes = state.reader.read_block(number, offset, block.bytes)?;
-            let damaged = |source| crate::storage::StorageError::Damaged { pack: number, offset, source };
+            let damaged = |source| StorageError::Damaged { pack: number, offset, source };
             let view = BlockView::parse(&bytes).map_err(damaged)?;
             let ids: Result<Vec<ChunkId>, _> = view.rows().map(|row| row.map(|row| row.id)).collect();
             let (header, digest, ids) = (view.header, view.stored_digest(), ids.map_err(damaged)?);
@@ -108,7 +109,11 @@ pub(super) async fn carry_flags(
             if states.of(number, offset) != BlockState::Live {
                 continue;
             }
-            let block = state.reader.read_block(number, offset, bytes)?;
+            let block = match state.reader.read_block(number, offset, bytes) {
+                // Its pack was removed since.
+                Err(StorageError::Gone { .. }) => continue,
+                other => other?,
+            };
             let Ok(view) = BlockView::parse(&block) else { continue };
             if view.header.kind != ChunkKind::Tree {
                 continue;

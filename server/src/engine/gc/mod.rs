@@ -247,8 +247,8 @@ impl Repository {
         }
     }
 
-    /// The blocks that the last collection found partly dead, those that waste most first, after the
-    /// first `skip`, with the ids of their needed chunks.
+    /// The blocks that the last collection found partly dead and that are still there, those that waste most first, after the
+    /// first `skip`, with the ids of their needed chunks; a block that is gone comes without any.
     pub async fn partly_dead(&self, skip: usize, limit: usize) -> Result<Vec<(PartlyDead, Vec<ChunkId>)>, EngineError> {
         let limit = limit.min(limits::PARTLY_DEAD_MAX);
         let superseded = self.state.superseded.lock().clone();
@@ -399,13 +399,13 @@ fn is_young(young: &HashMap<u32, Vec<PackRange>>, (pack, offset): BlockPlace) ->
     young.get(&pack).is_some_and(|ranges| ranges.iter().any(|range| (range.start..range.end).contains(&offset)))
 }
 
-/// The ids in a block's table, its digest compared; none if it is damaged: scrubbing finds it and withdraws it.
+/// The ids in a block's table, its digest compared; none if it is damaged (scrubbing finds it and withdraws it) or gone.
 pub(super) fn table_ids(state: &State, pack: u32, offset: u32, bytes: u32) -> Result<Vec<ChunkId>, EngineError> {
     if state.stopping.load(Ordering::Relaxed) {
         return Err(EngineError::Stopping);
     }
     let block = match state.reader.read_block(pack, offset, bytes) {
-        Err(StorageError::Damaged { .. }) => return Ok(Vec::new()),
+        Err(StorageError::Damaged { .. } | StorageError::Gone { .. }) => return Ok(Vec::new()),
         other => other?,
     };
     let rows = BlockView::parse(&block).and_then(|view| view.rows().map(|row| row.map(|row| row.id)).collect());

@@ -327,6 +327,27 @@ async fn packs_that_are_dead_are_removed_and_those_that_are_nearly_dead_are_empt
 }
 
 #[actix_rt::test]
+async fn s33_blocks_that_were_moved_since_they_were_listed_as_partly_dead_are_passed_over() {
+    let mut site = Site::new().await;
+    let old = site.snapshot(100, &[&[1], &[2], &[3], &[4], &[5, 50], &[6], &[7], &[8], &[9]]).await;
+    site.gc().await;
+    let lease = site.session().await;
+    site.store(&lease, 0, tree_block(&[(id(101), &[id(5)], &[])])).await;
+    committed(site.commit(&lease, 101).await);
+    site.delete(old).await;
+    let report = site.gc().await;
+    assert_eq!((report.blocks_partly_dead, report.blocks_moved, report.packs_dropped), (1, 1, 1), "{report:?}");
+    let listed = site.repository.partly_dead(0, 10).await.unwrap();
+    assert_eq!(listed.iter().map(|(_, needed)| needed.len()).collect::<Vec<_>>(), [0], "its pack is gone");
+    site.repository.supersede(listed.iter().map(|(block, _)| (block.pack, block.offset))).await.unwrap();
+    let again = site.gc().await;
+    assert_eq!((again.blocks_partly_dead, again.blocks_freed), (1, 0));
+    let listed = site.repository.partly_dead(0, 10).await.unwrap();
+    assert_eq!(listed[0].1, [id(5)], "where it is now");
+    assert_eq!(site.readable(&[5, 101]).await, [true; 2]);
+}
+
+#[actix_rt::test]
 async fn a_tree_that_was_moved_is_still_complete() {
     let mut site = Site::new().await;
     let old = site.snapshot(100, &[&[1], &[2], &[3], &[4], &[5], &[6], &[7], &[8], &[9]]).await;
