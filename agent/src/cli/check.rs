@@ -115,6 +115,10 @@ async fn trees(
         });
         let (back, findings) = working.await.context("verifying ended early")?;
         verifier = back;
+        if findings.lost.is_some() && is_gone(opened, snapshot).await {
+            tracing::warn!(snapshot = %snapshot.id.short(), "a snapshot was deleted for good while it was verified");
+            continue;
+        }
         // What the server knows to be affected was counted there.
         if !scrubbed.affected.contains(&snapshot.id) {
             problems += findings.problems_total;
@@ -132,6 +136,14 @@ async fn trees(
     }
     tell_trees(global, snapshots.len(), &progress, read_data)?;
     Ok(problems)
+}
+
+/// Whether the snapshot is not listed any more: it was purged since the command began.
+async fn is_gone(opened: &Opened, snapshot: &Snapshot) -> bool {
+    match selector::all(opened).await {
+        Ok(kept) => kept.iter().all(|other| other.id != snapshot.id),
+        Err(_) => false,
+    }
 }
 
 /// Contents that are wrong under right digests only a key holder can find: the server is told, so that they heal.
