@@ -367,32 +367,32 @@ impl Session {
         let (sender, receiver) = oneshot::channel();
         let request = fetch.request;
         let snapshot = Some(fetch.snapshot).filter(|snapshot| *snapshot != SnapshotId([0; 32]));
+        self.fetching.ask(request, sender);
         let locating = self.seed.store.locate(snapshot, ids.clone());
-        ctx.spawn(locating.into_actor(self).map(move |places, session, ctx| match places {
-            Ok(places) => {
-                let wanted: Vec<_> = ids.into_iter().zip(places).collect();
-                session.fetching.add(request, &wanted, sender);
-                session.pump(ctx);
+        ctx.spawn(locating.into_actor(self).map(move |places, session, ctx| {
+            match places {
+                Ok(places) => session.fetching.located(request, ids.into_iter().zip(places).collect()),
+                Err(fault) => session.fetching.refuse(request, refused(RefusalCode::Internal, fault.to_string())),
             }
-            Err(fault) => drop(sender.send(refused(RefusalCode::Internal, fault.to_string()))),
+            session.pump(ctx);
         }));
         async move { receiver.await.unwrap_or_else(|_| refused(RefusalCode::Ended, "the session has ended")) }
             .boxed_local()
     }
 
-    /// Reads what the credit covers and hands it to streams that have room.
+    /// Hands what was read to streams that have room, and reads what the credit covers.
     fn pump(&mut self, ctx: &mut Context<Self>) {
+        while let Some((index, block)) = self.fetching.next_send() {
+            if let Some(joined) = self.streams.get(&index) {
+                joined.stream.do_send(block);
+            }
+        }
         while let Some(errand) = self.fetching.next_read() {
             let reading = self.seed.store.read(errand.place);
             ctx.spawn(reading.into_actor(self).map(move |block, session, ctx| {
                 session.fetching.read_ended(errand, block);
                 session.pump(ctx);
             }));
-        }
-        while let Some((index, block)) = self.fetching.next_send() {
-            if let Some(joined) = self.streams.get(&index) {
-                joined.stream.do_send(block);
-            }
         }
     }
 

@@ -11,13 +11,20 @@ use tokio::sync::oneshot;
 use crate::machines::fetch::{Errand, FetchQueue};
 use crate::ports::{BlockPlace, StoreFault};
 
-/// Reads of storage under way at once: enough to keep a disk busy.
+/// Blocks being read from storage, and read but not yet given to a stream: enough to keep a disk busy, and what a restore
+/// costs in memory beside what its streams hold.
 const READS_MAX: usize = 8;
 /// Blocks given to one stream and not yet written: one on the wire, one behind it.
 const BLOCKS_AHEAD: usize = 2;
 
+/// Where each wanted chunk is.
+type Located = Vec<(ChunkId, Option<BlockPlace>)>;
+
 /// See the module. Bounded by the credit: nothing is read that the agent has not made room for.
 pub struct Fetching {
+    /// Requests that are being located, or wait for an earlier one that is. The agent uses what it asked for in this order:
+    /// blocks of a later request must not take the credit that an earlier one needs.
+    asked: VecDeque<(u32, Option<Located>)>,
     queue: FetchQueue,
     reading: usize,
     ready: VecDeque<(Errand, Bytes)>,
@@ -29,6 +36,7 @@ impl Fetching {
     /// Nothing to do yet.
     pub fn new(credit: u64) -> Self {
         Self {
+            asked: VecDeque::new(),
             queue: FetchQueue::new(credit),
             reading: 0,
             ready: VecDeque::new(),
@@ -39,14 +47,38 @@ impl Fetching {
 
     /// Whether another request may be taken on.
     pub fn may_add(&self) -> bool {
-        self.queue.open_requests() < limits::FETCHES_OUTSTANDING_MAX
+        self.asked.len() + self.queue.open_requests() < limits::FETCHES_OUTSTANDING_MAX
     }
 
-    /// Takes a request on; `answer` is told when its last block is on its way.
-    pub fn add(&mut self, request: u32, wanted: &[(ChunkId, Option<BlockPlace>)], answer: oneshot::Sender<Message>) {
+    /// Gives a request its place in the order; `answer` is told when its last block is on its way.
+    pub fn ask(&mut self, request: u32, answer: oneshot::Sender<Message>) {
         self.waiting.insert(request, answer);
-        let done = self.queue.add(request, wanted);
-        self.tell(done);
+        self.asked.push_back((request, None));
+    }
+
+    /// It is known where the request's chunks are. It is taken on once every earlier one is.
+    pub fn located(&mut self, request: u32, wanted: Located) {
+        if let Some((_, place)) = self.asked.iter_mut().find(|(asked, place)| *asked == request && place.is_none()) {
+            *place = Some(wanted);
+        }
+        self.take_on();
+    }
+
+    /// The request's chunks cannot be located.
+    pub fn refuse(&mut self, request: u32, answer: Message) {
+        self.asked.retain(|(asked, place)| *asked != request || place.is_some());
+        if let Some(waiting) = self.waiting.remove(&request) {
+            // Whoever asked may be gone.
+            let _ = waiting.send(answer);
+        }
+        self.take_on();
+    }
+
+    fn take_on(&mut self) {
+        while let Some((request, Some(wanted))) = self.asked.pop_front_if(|(_, place)| place.is_some()) {
+            let done = self.queue.add(request, &wanted);
+            self.tell(done);
+        }
     }
 
     /// The agent has made room.
@@ -56,7 +88,7 @@ impl Fetching {
 
     /// The next block to read from storage.
     pub fn next_read(&mut self) -> Option<Errand> {
-        if self.reading >= READS_MAX {
+        if self.reading + self.ready.len() >= READS_MAX {
             return None;
         }
         let errand = self.queue.next_errand()?;
@@ -115,5 +147,42 @@ impl Fetching {
             // Whoever asked may be gone; it will ask again over its next connection.
             let _ = answer.send(Message::FetchDone(done));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn wanted(offset: u32) -> Located {
+        vec![(ChunkId([1; 32]), Some(BlockPlace { pack: 1, offset, bytes: 1 << 20 }))]
+    }
+
+    #[test]
+    fn a_request_that_is_located_first_does_not_overtake_an_earlier_one() {
+        let mut fetching = Fetching::new(1 << 20);
+        let (answers, _kept): (Vec<_>, Vec<_>) = (0..3).map(|_| oneshot::channel()).unzip();
+        for (request, answer) in (1..).zip(answers) {
+            fetching.ask(request, answer);
+        }
+        fetching.located(2, wanted(2));
+        assert_eq!(fetching.next_read(), None, "the first would find the credit used up");
+        fetching.located(3, wanted(3));
+        fetching.located(1, wanted(1));
+        assert_eq!(fetching.next_read().map(|errand| errand.request), Some(1));
+        fetching.grant(1 << 20);
+        assert_eq!(fetching.next_read().map(|errand| errand.request), Some(2));
+    }
+
+    #[test]
+    fn a_request_that_cannot_be_located_holds_nobody_up() {
+        let mut fetching = Fetching::new(1 << 20);
+        let (first, mut answered) = oneshot::channel();
+        fetching.ask(1, first);
+        fetching.ask(2, oneshot::channel().0);
+        fetching.located(2, wanted(2));
+        fetching.refuse(1, Message::Joined);
+        assert!(answered.try_recv().is_ok());
+        assert_eq!(fetching.next_read().map(|errand| errand.request), Some(2));
     }
 }
