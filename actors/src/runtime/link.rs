@@ -174,7 +174,7 @@ async fn read_frames<A: LinkOwner>(
                 return Ok(());
             }
         }
-        if buffer.capacity() - buffer.len() < READ_BYTES / 4 {
+        if !decoder.is_in_body() && buffer.capacity() - buffer.len() < READ_BYTES / 4 {
             buffer.reserve(READ_BYTES);
         }
         if reader.read_buf(&mut buffer).await? == 0 {

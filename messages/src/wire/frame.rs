@@ -150,6 +150,12 @@ impl FrameDecoder {
         }
     }
 
+    /// Whether a frame's header is known and its body not whole: [`FrameDecoder::next`] has made room for the rest of it,
+    /// and more would move what is there.
+    pub fn is_in_body(&self) -> bool {
+        self.header.is_some()
+    }
+
     /// Whether the stream may end here: not in the middle of a frame.
     pub fn is_between_frames(&self, buffer: &BytesMut) -> bool {
         self.header.is_none() && buffer.is_empty()
