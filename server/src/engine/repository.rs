@@ -374,6 +374,10 @@ impl Repository {
                 self.state.pack_stale(pack.number);
             }
         }
+        if let Err(error) = self.state.index.relieve() {
+            // The index says so again to whoever writes next; the packs have it all.
+            tracing::warn!(%error, "the chunk index cannot be written");
+        }
         Ok(recorded?)
     }
 

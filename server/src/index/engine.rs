@@ -31,6 +31,9 @@ pub const FROZEN_MAX: usize = 2;
 /// Entries at which a table is frozen.
 pub const FLUSH_ENTRIES: usize = 1 << 17;
 
+/// Entries that are not left in memory when a session ends; a smaller segment costs more than it frees.
+const RELIEVED_ENTRIES: usize = 1 << 13;
+
 /// The index of one repository.
 #[derive(Debug)]
 pub struct SegmentIndex {
@@ -260,6 +263,15 @@ impl ChunkIndex for SegmentIndex {
         let tables = self.shared.tables();
         let frozen: usize = tables.frozen.iter().map(|table| table.len()).sum();
         tables.segments.iter().map(|segment| segment.entries).sum::<u64>() + (frozen + active.len()) as u64
+    }
+
+    fn relieve(&self) -> Result<(), IndexError> {
+        let worth_it = self.shared.active.read().len() >= RELIEVED_ENTRIES.min(self.shared.flush_entries);
+        if !worth_it || self.shared.tables().frozen.len() >= FROZEN_MAX || self.shared.signal.lock().closing {
+            return Ok(());
+        }
+        self.freeze(false)?;
+        self.start_threads()
     }
 
     fn close(&self) -> Result<(), IndexError> {
@@ -556,6 +568,25 @@ mod tests {
         assert_eq!(index.covered(5), 96 + 4999);
         assert_eq!(index.covered(6), 0);
         assert!(index.find(DomainId::FULL, &[id(1)]).unwrap().rows().is_empty(), "another domain sees nothing");
+    }
+
+    #[test]
+    fn what_is_in_memory_is_written_when_it_is_relieved() {
+        let dir = tempfile::tempdir().unwrap();
+        let index = open(dir.path(), 100);
+        let insert = |numbers: std::ops::Range<u32>| {
+            numbers.for_each(|i| index.insert(DOMAIN, 1, 96 + i, &[(id(i), copy(1, i))]).unwrap());
+        };
+        insert(0..50);
+        index.relieve().unwrap();
+        assert_eq!(index.shared.active.read().len(), 50, "too few to be worth a segment");
+        insert(50..100);
+        index.relieve().unwrap();
+        assert!(index.shared.active.read().is_empty());
+        while index.segment_count() == 0 {
+            std::thread::yield_now();
+        }
+        assert_eq!(index.find(DOMAIN, &(0..101).map(id).collect::<Vec<_>>()).unwrap().rows().len(), 100);
     }
 
     #[test]

@@ -116,6 +116,9 @@ pub trait ChunkIndex: Send + Sync + std::fmt::Debug {
     fn entries(&self) -> u64;
     /// Writes everything to disk: for changes that must not be lost in a crash, as inserts may be.
     fn sync(&self) -> Result<(), IndexError>;
+    /// Begins to write what is in memory only, if it is worth a segment: nobody may come for long, and there may be many
+    /// repositories.
+    fn relieve(&self) -> Result<(), IndexError>;
     /// Writes everything to disk and stops the background work. Later inserts are errors, lookups still work.
     fn close(&self) -> Result<(), IndexError>;
 }
