@@ -15,7 +15,7 @@ pub const INLINE_BYTES: usize = 256;
 
 /// The sizes of a new repository.
 pub fn default_chunking() -> ChunkingV1 {
-    ChunkingV1 { minimum: 16 << 10, average: 64 << 10, maximum: 256 << 10, block_plaintext: 1 << 20 }
+    ChunkingV1 { minimum: 16 << 10, average: 64 << 10, maximum: 256 << 10, block_plaintext: 2 << 20 }
 }
 
 /// Finds cuts. Cheap to share between threads.

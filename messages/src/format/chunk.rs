@@ -41,29 +41,38 @@ impl Reference {
     }
 }
 
-/// The id of a chunk: keyed BLAKE3-256 over `kind u8 ‖ length u64 ‖ plaintext ‖ count u32 ‖ references`.
+/// The id of a chunk: keyed BLAKE3-256, of data chunks over the plaintext under `key`, of tree chunks over
+/// `plaintext ‖ references ‖ count u32` under a key of their own.
 ///
 /// `key` is the repository's id key (32 bytes), so that ids say nothing to who does not hold it and nothing across
-/// repositories. Data chunks have no references.
+/// repositories. Data chunks have no references. Nothing stands before the content: the hash function works on many
+/// pieces of it at once only if it gets them all in one call, and ids are what every byte of a backup goes through.
 pub fn chunk_id(key: &[u8; 32], kind: ChunkKind, plaintext: &[u8], references: &[Reference]) -> ChunkId {
-    let mut hasher = blake3::Hasher::new_keyed(key);
-    hasher.update(&[kind as u8]);
-    hasher.update(&(plaintext.len() as u64).to_le_bytes());
-    hasher.update(plaintext);
-    hasher.update(&u32::try_from(references.len()).unwrap_or(u32::MAX).to_le_bytes());
-    if !references.is_empty() {
-        let mut encoded = Vec::with_capacity(references.len() * REFERENCE_BYTES);
-        for reference in references {
-            reference.encode(&mut encoded);
+    let hash = match kind {
+        ChunkKind::Data => blake3::keyed_hash(key, plaintext),
+        ChunkKind::Tree => {
+            let mut whole = Vec::with_capacity(plaintext.len() + references.len() * REFERENCE_BYTES + 4);
+            whole.extend_from_slice(plaintext);
+            for reference in references {
+                reference.encode(&mut whole);
+            }
+            whole.extend_from_slice(&u32::try_from(references.len()).unwrap_or(u32::MAX).to_le_bytes());
+            blake3::keyed_hash(&blake3::derive_key("strandline 1 ids of tree chunks", key), &whole)
         }
-        hasher.update(&encoded);
-    }
-    ChunkId(*hasher.finalize().as_bytes())
+    };
+    ChunkId(*hash.as_bytes())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    // The example of docs/FORMAT.md.
+    #[test]
+    fn the_documented_example() {
+        let id = chunk_id(&[0x11; 32], ChunkKind::Data, b"hello", &[]);
+        assert_eq!(id.to_string(), "1250c6a1515017346f87e90124582e7b890e8a5c3b03cfad26ffb0b6c5c68b55");
+    }
 
     #[test]
     fn kind_key_content_and_references_all_change_the_id() {
