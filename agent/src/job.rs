@@ -30,7 +30,7 @@ use crate::backup::{BackupError, BackupPlan, CacheTrust, ChunkKeys, PassOutcome,
 use crate::cache::{CacheIdentity, CacheReader, Ignoring, PendingCache};
 use crate::keys::Keyset;
 use crate::net::{Client, ClientError, NetworkOracle, SessionSettings, WindowSink};
-use crate::seal::{DataKey, ManifestFields, SealError, Sealer, sign_manifest};
+use crate::seal::{Body, DataKey, ManifestFields, SealError, Sealer, sign_manifest};
 
 /// How often a commit may be answered with missing chunks before the run gives up.
 const PASSES_MAX: usize = 5;
@@ -79,11 +79,10 @@ impl BlockSealer for Sealer {
         &mut self,
         kind: ChunkKind,
         rows: &[ChunkRow],
-        plaintext: &[u8],
-        lengths: &[u32],
+        body: &mut Body,
         out: &mut Vec<u8>,
     ) -> Result<(), BackupError> {
-        Self::seal(self, kind, rows, plaintext, lengths, out).map_err(|error| BackupError::Port(Box::new(error)))
+        Self::seal(self, kind, rows, body, out).map_err(|error| BackupError::Port(Box::new(error)))
     }
 }
 

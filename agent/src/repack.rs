@@ -138,12 +138,13 @@ impl Repack<'_> {
         sink: &Arc<dyn BlockSink>,
         bytes_wasted: u64,
     ) -> Result<(RepackReport, Vec<(u32, u32)>), RepackError> {
+        let plaintext_max = self.repository.chunking.block_plaintext as usize;
         let mut resealer = Some(Resealer {
             sealer: Sealer::with_data_key(DataKey::generate(self.keyset)?, self.level),
             sink: Arc::clone(sink),
-            plaintext_max: self.repository.chunking.block_plaintext as usize,
-            data: OpenBlock::new(ChunkKind::Data),
-            trees: OpenBlock::new(ChunkKind::Tree),
+            plaintext_max,
+            data: OpenBlock::new(ChunkKind::Data, plaintext_max),
+            trees: OpenBlock::new(ChunkKind::Tree, plaintext_max),
             report: RepackReport::default(),
         });
         let (mut old, mut skip, mut wasted) = (Vec::new(), 0, 0u64);
@@ -268,7 +269,7 @@ fn seal(
 ) -> Result<(), RepackError> {
     let permit = sink.reserve(open.sealed_bytes_max())?;
     let mut sealed = Vec::new();
-    sealer.seal(open.kind, &open.rows, &open.plaintext, &open.lengths, &mut sealed)?;
+    sealer.seal(open.kind, &open.rows, &mut open.body, &mut sealed)?;
     report.bytes_stored += sealed.len() as u64;
     sink.send(permit, Bytes::from(sealed))?;
     open.clear();

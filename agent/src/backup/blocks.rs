@@ -18,6 +18,7 @@ use super::BackupError;
 use super::ports::{QueryTicket, SharedOracle};
 use super::progress::Progress;
 use super::trees::NodeSink;
+use crate::seal::Body;
 
 /// Most plaintext that waits for answers in the data lane, bytes; the tree lane has a quarter of it.
 pub const HELD_BYTES_MAX: usize = 16 << 20;
@@ -59,30 +60,27 @@ pub struct OpenBlock {
     pub kind: ChunkKind,
     /// The chunk table.
     pub rows: Vec<ChunkRow>,
-    /// The chunks one after the other.
-    pub plaintext: Vec<u8>,
-    /// Their lengths.
-    pub lengths: Vec<u32>,
+    /// The chunks.
+    pub body: Body,
     table_bytes: usize,
 }
 
 impl OpenBlock {
-    /// Empty.
-    pub fn new(kind: ChunkKind) -> Self {
-        Self { kind, rows: Vec::new(), plaintext: Vec::new(), lengths: Vec::new(), table_bytes: 0 }
+    /// Empty, with room for a plaintext of so many bytes.
+    pub fn new(kind: ChunkKind, plaintext_max: usize) -> Self {
+        Self { kind, rows: Vec::new(), body: Body::with_room(plaintext_max), table_bytes: 0 }
     }
 
     /// Empties it, keeping its memory.
     pub fn clear(&mut self) {
         self.rows.clear();
-        self.plaintext.clear();
-        self.lengths.clear();
+        self.body.clear();
         self.table_bytes = 0;
     }
 
     /// The most bytes that the sealed block can have.
     pub fn sealed_bytes_max(&self) -> usize {
-        let body = self.plaintext.len() + 4 * self.lengths.len();
+        let body = self.body.input_bytes();
         body + body / 128 + self.table_bytes + BLOCK_OVERHEAD_BYTES
     }
 
@@ -93,7 +91,7 @@ impl OpenBlock {
     /// Whether a chunk of `bytes` with so many references fits in, too; the first always does. `plaintext_max`: bytes.
     pub fn has_room(&self, bytes: usize, references: usize, plaintext_max: usize) -> bool {
         self.rows.is_empty()
-            || self.plaintext.len() + bytes <= plaintext_max
+            || self.body.content_bytes() + bytes <= plaintext_max
                 && self.rows.len() < limits::BLOCK_CHUNKS_MAX
                 && self.table_bytes + self.row_bytes(references) <= limits::BLOCK_TABLE_BYTES_MAX
     }
@@ -102,8 +100,7 @@ impl OpenBlock {
     pub fn push(&mut self, id: ChunkId, references: Vec<Reference>, plaintext: &[u8]) {
         self.table_bytes += self.row_bytes(references.len());
         self.rows.push(ChunkRow { id, references });
-        self.plaintext.extend_from_slice(plaintext);
-        self.lengths.push(u32::try_from(plaintext.len()).unwrap_or(u32::MAX));
+        self.body.push(plaintext);
     }
 }
 
@@ -136,8 +133,7 @@ struct Lane {
 }
 
 impl Lane {
-    fn new(kind: ChunkKind, held_bytes_max: usize, blocks: Sender<OpenBlock>) -> Self {
-        let open = OpenBlock::new(kind);
+    fn new(open: OpenBlock, held_bytes_max: usize, blocks: Sender<OpenBlock>) -> Self {
         Self {
             open,
             next: Batch::default(),
@@ -191,14 +187,16 @@ impl<'a> Emitter<'a> {
         chunking: &ChunkingV1,
         channels: BlockChannels,
     ) -> Self {
+        let plaintext_max = chunking.block_plaintext as usize;
+        let open = |kind| OpenBlock::new(kind, plaintext_max);
         Self {
             oracle,
             progress,
             id_key,
-            plaintext_max: chunking.block_plaintext as usize,
+            plaintext_max,
             settled: Recent::default(),
-            data: Lane::new(ChunkKind::Data, HELD_BYTES_MAX, channels.data),
-            trees: Lane::new(ChunkKind::Tree, HELD_BYTES_MAX / 4, channels.trees),
+            data: Lane::new(open(ChunkKind::Data), HELD_BYTES_MAX, channels.data),
+            trees: Lane::new(open(ChunkKind::Tree), HELD_BYTES_MAX / 4, channels.trees),
             emptied: channels.emptied,
             buffers: channels.buffers,
         }
@@ -348,7 +346,7 @@ impl<'a> Emitter<'a> {
         if self.lane(kind).open.rows.is_empty() {
             return Ok(());
         }
-        let mut empty = self.emptied.try_recv().unwrap_or_else(|_| OpenBlock::new(kind));
+        let mut empty = self.emptied.try_recv().unwrap_or_else(|_| OpenBlock::new(kind, self.plaintext_max));
         empty.kind = kind;
         let lane = self.lane(kind);
         let full = mem::replace(&mut lane.open, empty);

@@ -18,6 +18,7 @@ use super::ports::{BlockSealer, BlockSink, ChunkOracle, Permit, Ports, QueryTick
 use super::progress::{Progress, ProgressNow};
 use super::{BackupError, BackupPlan, CacheTrust, ChunkKeys, PassOutcome, run_pass};
 use crate::cache::{CacheIdentity, CacheReader, file_system_clock};
+use crate::seal::Body;
 
 pub const KEY: [u8; 32] = [9; 32];
 
@@ -83,8 +84,7 @@ impl BlockSealer for PlainSealer {
         &mut self,
         kind: ChunkKind,
         rows: &[ChunkRow],
-        plaintext: &[u8],
-        lengths: &[u32],
+        body: &mut Body,
         out: &mut Vec<u8>,
     ) -> Result<(), BackupError> {
         let mut table = Vec::new();
@@ -92,14 +92,11 @@ impl BlockSealer for PlainSealer {
             encode_row(kind, &row.id, &row.references, &mut table);
         }
         assert!(table.len() <= strandline_messages::limits::BLOCK_TABLE_BYTES_MAX);
-        assert_eq!(rows.len(), lengths.len());
+        assert_eq!(rows.len(), body.lengths().len());
         out.put_u8(kind as u8);
         out.put_u32(u32::try_from(rows.len()).unwrap());
         out.put_string(&table);
-        for length in lengths {
-            out.put_u32(*length);
-        }
-        out.extend_from_slice(plaintext);
+        out.extend_from_slice(body.input());
         Ok(())
     }
 }

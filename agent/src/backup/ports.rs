@@ -8,6 +8,7 @@ use strandline_messages::format::block::ChunkRow;
 use strandline_messages::ids::{ChunkId, ChunkKind};
 
 use super::BackupError;
+use crate::seal::Body;
 
 /// Asks the server, pipelined. Used by two threads of the pipeline, one at a time.
 pub trait ChunkOracle: Send {
@@ -57,14 +58,12 @@ pub trait BlockSink: Send + Sync {
 
 /// Seals blocks; one per sealing thread, so that it can reuse its buffers.
 pub trait BlockSealer: Send {
-    /// Appends the sealed block to `out`. `plaintext` is the chunks one after the other, `lengths` their lengths; there
-    /// are as many `rows` as `lengths`.
+    /// Replaces `out`, which is empty, by the sealed block. `body` holds one chunk for each of `rows`.
     fn seal(
         &mut self,
         kind: ChunkKind,
         rows: &[ChunkRow],
-        plaintext: &[u8],
-        lengths: &[u32],
+        body: &mut Body,
         out: &mut Vec<u8>,
     ) -> Result<(), BackupError>;
 }
@@ -120,8 +119,7 @@ impl BlockSealer for NullSealer {
         &mut self,
         _kind: ChunkKind,
         _rows: &[ChunkRow],
-        _plaintext: &[u8],
-        _lengths: &[u32],
+        _body: &mut Body,
         _out: &mut Vec<u8>,
     ) -> Result<(), BackupError> {
         Ok(())

@@ -7,6 +7,7 @@
 use std::os::fd::{AsFd, BorrowedFd};
 
 use crossbeam_channel::Receiver;
+use rustix::buffer::spare_capacity;
 use rustix::fs::{Advice, FileType, OFlags, SeekFrom};
 use rustix::io::Errno;
 use strandline_messages::format::chunk::chunk_id;
@@ -20,6 +21,7 @@ use super::stream::Pipe;
 use crate::cache::Identity;
 use crate::chunk::{Cutter, INLINE_BYTES};
 use crate::scan::dir::open_quietly;
+use crate::scan::flush::Flusher;
 use crate::scan::meta::{Meta, XattrReader, XattrTarget, XattrsFound, read_link, stat_fd};
 use crate::scan::walk::errno_text;
 
@@ -39,6 +41,7 @@ pub struct FileReader<'a> {
     cutter: &'a Cutter,
     id_key: [u8; 32],
     progress: &'a Progress,
+    flusher: &'a Flusher,
     xattrs: XattrReader,
     buffers: Receiver<Vec<u8>>,
     part: Part,
@@ -47,9 +50,15 @@ pub struct FileReader<'a> {
 
 impl<'a> FileReader<'a> {
     /// `buffers`: where used buffers come back.
-    pub fn new(cutter: &'a Cutter, id_key: [u8; 32], progress: &'a Progress, buffers: Receiver<Vec<u8>>) -> Self {
+    pub fn new(
+        cutter: &'a Cutter,
+        id_key: [u8; 32],
+        progress: &'a Progress,
+        flusher: &'a Flusher,
+        buffers: Receiver<Vec<u8>>,
+    ) -> Self {
         let xattrs = XattrReader::default();
-        Self { cutter, id_key, progress, xattrs, buffers, part: Part::default(), weight: 0 }
+        Self { cutter, id_key, progress, flusher, xattrs, buffers, part: Part::default(), weight: 0 }
     }
 
     /// Shows where the next steps are.
@@ -141,6 +150,7 @@ impl<'a> FileReader<'a> {
             Err(error) => return Ok(Err(errno_text(error, "its metadata could not be read"))),
         };
         node.meta = before;
+        self.flusher.flush(before.device, fd);
         let found = self.xattrs.read(XattrTarget::Open(fd));
         accept_xattrs(node, Ok(found));
         if before.size >= SEQUENTIAL_BYTES_MIN {
@@ -398,12 +408,13 @@ impl Bytes for Source<'_> {
             return Ok(0);
         }
         let start = data.len();
-        data.resize(start + wanted, 0);
-        let result = loop {
-            match rustix::io::pread(self.fd, data.get_mut(start..).unwrap_or_default(), self.offset) {
-                Err(Errno::INTR) => {}
-                result => break result,
-            }
+        let result = if self.holes.is_empty() && self.segment_end == self.size {
+            // Into memory that was never written, as much as fits; a file may have become longer than it was.
+            data.reserve(wanted);
+            retry(|| rustix::io::pread(self.fd, spare_capacity(data), self.offset)).map(|read| read.min(left))
+        } else {
+            data.resize(start + wanted, 0);
+            retry(|| rustix::io::pread(self.fd, data.get_mut(start..).unwrap_or_default(), self.offset))
         };
         let read = result.as_ref().copied().unwrap_or(0);
         data.truncate(start + read);
@@ -415,5 +426,14 @@ impl Bytes for Source<'_> {
         self.offset += read as u64;
         self.read += read as u64;
         result
+    }
+}
+
+fn retry(mut read: impl FnMut() -> Result<usize, Errno>) -> Result<usize, Errno> {
+    loop {
+        match read() {
+            Err(Errno::INTR) => {}
+            result => return result,
+        }
     }
 }

@@ -4,9 +4,11 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
+use std::time::Duration;
 
 use crossbeam_channel::{Receiver, bounded};
 use parking_lot::Mutex;
+use strandline_actors::runtime::clock;
 use strandline_messages::format::manifest::Totals;
 use strandline_messages::format::repository::ChunkingV1;
 use strandline_messages::format::tree::Timestamp;
@@ -42,6 +44,9 @@ const SPARE_BUFFERS: usize = 4;
 /// Directories that may wait to be listed ahead.
 const LISTINGS_QUEUED_MAX: usize = 64;
 
+/// Runs that are over sooner are not estimated: walking the source a second time costs as much as finding it unchanged.
+const ESTIMATE_FROM: Duration = Duration::from_secs(1);
+
 /// What to save and how.
 #[derive(Clone, Debug)]
 pub struct BackupPlan {
@@ -76,9 +81,9 @@ pub struct BackupPlan {
     pub sealers: usize,
     /// Threads that list directories ahead.
     pub scanners: usize,
-    /// Count files and bytes ahead, for an estimate of what is left.
+    /// Count files and bytes ahead, for an estimate of what is left, in runs that take longer than a second.
     pub estimate: bool,
-    /// Flush the source's file systems first (see [`crate::scan::flush`]).
+    /// Flush a file system before the first content on it is read (see [`crate::scan::flush`]).
     pub flush_sources: bool,
     /// Names of one directory that are sorted in memory; more spill to the state directory.
     pub names_in_memory: usize,
@@ -210,11 +215,22 @@ pub fn run_pass(
 ) -> Result<PassOutcome, BackupError> {
     let (cache, started) = new_cache(plan);
     let walk = walk_plan(plan)?;
-    let context = Arc::new(list_context(plan, plan.flush_sources));
+    let context = Arc::new(list_context(plan));
+    let flusher = Flusher::new(plan.flush_sources);
     let cutter = Cutter::new(chunking, &keys.chunker_secret);
     let fault = Fault { first: Mutex::new(None), stop: AtomicBool::new(false), cancel };
     let Ports { oracle, sink, sealers } = ports;
-    let pass = Pass { plan, keys, chunking, cutter: &cutter, sink, progress, fault: &fault, context: &context };
+    let pass = Pass {
+        plan,
+        keys,
+        chunking,
+        cutter: &cutter,
+        sink,
+        progress,
+        fault: &fault,
+        context: &context,
+        flusher: &flusher,
+    };
     tracing::debug!(?started, readers = plan.readers, sealers = plan.sealers, "pass begins");
     let before = progress.now();
     let sealers = (0..=plan.sealers.max(1)).map(|_| sealers.sealer()).collect::<Result<Vec<_>, _>>()?;
@@ -223,7 +239,7 @@ pub fn run_pass(
     totals.bytes_stored = progress.bytes_stored.get() - before.bytes_stored;
     totals.bytes_new = progress.bytes_new.get() - before.bytes_new;
     totals.files_read = progress.files_read.get() - before.files_read;
-    let new_cache = if context.flusher.failed() { None } else { cache.finish() };
+    let new_cache = if flusher.failed() { None } else { cache.finish() };
     Ok(PassOutcome { root, errors_root, totals, new_cache })
 }
 
@@ -258,11 +274,8 @@ fn walk_plan(plan: &BackupPlan) -> Result<WalkPlan, BackupError> {
     })
 }
 
-fn list_context(plan: &BackupPlan, flush: bool) -> ListContext {
-    ListContext {
-        spill: SpillPolicy::new(plan.state_directory.clone(), plan.names_in_memory),
-        flusher: Flusher::new(flush),
-    }
+fn list_context(plan: &BackupPlan) -> ListContext {
+    ListContext { spill: SpillPolicy::new(plan.state_directory.clone(), plan.names_in_memory) }
 }
 
 /// What the threads of one pass share.
@@ -275,6 +288,7 @@ struct Pass<'a> {
     progress: &'a Progress,
     fault: &'a Fault<'a>,
     context: &'a Arc<ListContext>,
+    flusher: &'a Flusher,
 }
 
 impl Pass<'_> {
@@ -295,14 +309,15 @@ impl Pass<'_> {
         // A full block waits for each sealing thread at most; two blocks of trees wait.
         let (data, data_blocks) = bounded(1);
         let (trees, tree_blocks) = bounded(2);
-        let (emptied_sender, emptied) = bounded(sealers.len() + 2);
+        let (emptied_sender, emptied) = bounded(sealers.len());
         let (buffers, used_buffers) = bounded(SPARE_BUFFERS);
         let (jobs_sender, jobs) = bounded(1);
         let (ordered_sender, ordered) = bounded(readers + BATCHES_AHEAD);
         let (lookahead, listings) = Lookahead::new(LISTINGS_QUEUED_MAX);
         let channels = BlockChannels { data, trees, emptied, buffers };
         let emitter = Emitter::new(&oracle, self.progress, self.keys.id_key, self.chunking, channels);
-        let reader = || FileReader::new(self.cutter, self.keys.id_key, self.progress, used_buffers.clone());
+        let reader =
+            || FileReader::new(self.cutter, self.keys.id_key, self.progress, self.flusher, used_buffers.clone());
         let assembler = Assembler::new(emitter, reader(), self.progress, self.keys, cache);
         let tree_sealer = sealers.pop();
 
@@ -380,8 +395,8 @@ impl Pass<'_> {
             self.fault.check()?;
             let bytes = block.sealed_bytes_max();
             let permit = self.sink.reserve(bytes)?;
-            let mut sealed = Vec::with_capacity(bytes);
-            sealer.seal(block.kind, &block.rows, &block.plaintext, &block.lengths, &mut sealed)?;
+            let mut sealed = Vec::new();
+            sealer.seal(block.kind, &block.rows, &mut block.body, &mut sealed)?;
             self.progress.blocks.add(1);
             self.progress.bytes_stored.add(sealed.len() as u64);
             self.sink.send(permit, sealed.into())?;
@@ -393,7 +408,14 @@ impl Pass<'_> {
     }
 
     fn estimate(&self, walk: &WalkPlan, over: &AtomicBool) {
-        let context = Arc::new(list_context(self.plan, false));
+        let began = clock::now();
+        while clock::now().saturating_duration_since(began) < ESTIMATE_FROM {
+            if over.load(Ordering::Relaxed) || self.fault.stopped() {
+                return;
+            }
+            thread::sleep(ESTIMATE_FROM / 100);
+        }
+        let context = Arc::new(list_context(self.plan));
         let Ok(walker) = open_walker(walk, &context, Lookahead::none()) else { return };
         for event in walker {
             if over.load(Ordering::Relaxed) || self.fault.stopped() {

@@ -298,7 +298,7 @@ fn the_first_fault_of_a_port_ends_the_run_and_is_reported() {
     for i in 0..40 {
         rig.write(&format!("f{i}"), &noise(i, 1 << 20));
     }
-    for blocks in [0, 3, 30] {
+    for blocks in [0, 3, 15] {
         rig.server.0.lock().fail_after_blocks = Some(blocks);
         let Err(error) = rig.try_run(CacheTrust::Trust) else { panic!("it went on") };
         assert!(error.to_string().contains("disk is full"), "{error}");

@@ -21,7 +21,7 @@ use super::args::{self, Global};
 use super::lists::PathLists;
 use super::output;
 use super::pipe;
-use super::progress::{Snapshot, shown};
+use super::progress::{Snapshot, is_watched, shown};
 use super::repository::{Opened, host_name};
 use super::secrets;
 use super::selection::Selection;
@@ -33,7 +33,7 @@ use crate::net::SessionSettings;
 use crate::scan::walk::identity_of;
 
 const STREAMS: u16 = 4;
-pub(super) const WINDOW_BYTES: u64 = 64 << 20;
+pub(super) const WINDOW_BYTES: u64 = 32 << 20;
 pub(super) const ZSTD_LEVEL: i32 = 3;
 
 /// `strand backup`.
@@ -69,7 +69,7 @@ pub struct Backup {
     /// Send at most so much per second, over all streams (`500K`, `10M`; bytes without a unit)
     #[arg(long, value_name = "RATE", value_parser = args::bytes)]
     pub limit_upload: Option<u64>,
-    /// Unacknowledged data that may be under way (`64M`)
+    /// Unacknowledged data that may be under way (`32M` if not given)
     #[arg(long, value_name = "SIZE", value_parser = args::bytes)]
     pub window: Option<u64>,
     /// Read every file, whatever the file cache says
@@ -209,6 +209,7 @@ async fn with_signals(
 ) -> anyhow::Result<(BackupReport, bool)> {
     // A repository inside the source must not save itself.
     request.plan.skip.extend(opened.server.directory.as_deref().and_then(identity_of));
+    request.plan.estimate = is_watched(global);
     let dry_run = request.dry_run;
     let view = Arc::new(JobView::default());
     let mut terminate = signal(SignalKind::terminate())?;

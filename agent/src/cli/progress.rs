@@ -58,16 +58,20 @@ struct StatusLine<'a> {
     now: &'a Snapshot,
 }
 
+/// Whether anybody is shown the progress.
+pub fn is_watched(global: &Global) -> bool {
+    !global.quiet && (global.json || !ProgressDrawTarget::stderr().is_hidden())
+}
+
 impl Display {
     /// A line if standard error is a terminal, JSON lines with `--json`, else nothing.
     pub fn new(global: &Global) -> Self {
-        let target = ProgressDrawTarget::stderr();
-        let shown = if global.json && !global.quiet {
-            Shown::Json
-        } else if global.json || global.quiet || target.is_hidden() {
+        let shown = if !is_watched(global) {
             Shown::Nothing
+        } else if global.json {
+            Shown::Json
         } else {
-            let bar = ProgressBar::with_draw_target(None, target);
+            let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
             if let Ok(style) = ProgressStyle::with_template("{wide_msg}") {
                 bar.set_style(style);
             }

@@ -81,13 +81,31 @@ impl Attributes {
         }
     }
 
-    /// For files and directories that are open (not by O_PATH).
+    /// With what permissions a file should be made so that it needs no change when it is complete: its own, if whoever
+    /// makes it is its owner, else those of a file under way. Always writable: several threads open it by name.
+    pub(super) fn mode_while_written(&self, meta: &Meta) -> Mode {
+        let plain = self.numbers(meta) == (self.uid, self.gid) && meta.xattrs.is_empty();
+        let shared = if plain { u32::from(meta.mode) & 0o077 } else { 0 };
+        Mode::RUSR | Mode::WUSR | Mode::from_raw_mode(shared)
+    }
+
+    /// For files and directories that are open (not by O_PATH). Sets only what differs: each change costs the file system
+    /// an entry in its journal.
     pub(super) fn apply_to_open(&self, handle: &impl AsFd, meta: &Meta, issues: &Issues) {
-        let owned = self.owner(meta, issues, |uid, gid| rustix::fs::fchown(handle, Some(uid), Some(gid)));
+        let found = rustix::fs::fstat(handle).ok();
+        let owned = self.owner(meta, issues, |uid, gid| match &found {
+            Some(found) if (found.st_uid, found.st_gid) == (uid.as_raw(), gid.as_raw()) => Ok(()),
+            _ => rustix::fs::fchown(handle, Some(uid), Some(gid)),
+        });
         self.xattrs(meta, issues, |xattr| {
             rustix::fs::fsetxattr(handle, xattr.name.as_slice(), &xattr.value, XattrFlags::empty())
         });
-        report(meta, issues, "mode", rustix::fs::fchmod(handle, meta.mode_bits(owned)));
+        let mode = meta.mode_bits(owned);
+        // A change of owner may take set-id bits away, and an ACL changes the permissions.
+        let has_it = found.is_some_and(|found| found.st_mode & 0o7777 == mode.as_raw_mode());
+        if !has_it || !meta.xattrs.is_empty() || mode.as_raw_mode() & SET_ID_BITS != 0 {
+            report(meta, issues, "mode", rustix::fs::fchmod(handle, mode));
+        }
         report(meta, issues, "time", rustix::fs::futimens(handle, &meta.times()));
     }
 
@@ -131,10 +149,15 @@ impl Attributes {
         report(meta, issues, "time", times);
     }
 
+    /// User and group as this machine numbers them.
+    fn numbers(&self, meta: &Meta) -> (u32, u32) {
+        let uid = self.users.get(&meta.owner.user).copied().unwrap_or(meta.owner.uid);
+        (uid, self.groups.get(&meta.owner.group).copied().unwrap_or(meta.owner.gid))
+    }
+
     /// Whether the owner is as it should be afterwards.
     fn owner(&self, meta: &Meta, issues: &Issues, set: impl FnOnce(Uid, Gid) -> Result<(), Errno>) -> bool {
-        let uid = self.users.get(&meta.owner.user).copied().unwrap_or(meta.owner.uid);
-        let gid = self.groups.get(&meta.owner.group).copied().unwrap_or(meta.owner.gid);
+        let (uid, gid) = self.numbers(meta);
         if !self.privileged {
             let already = uid == self.uid && gid == self.gid;
             if !already {

@@ -99,8 +99,9 @@ impl FileJob {
         let flags = OFlags::WRONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
         let handle = match &self.place {
             Place::Temporary(name) => {
+                let mode = restorer.attributes.mode_while_written(&self.meta);
                 let make = if state.begun { OFlags::empty() } else { OFlags::CREATE | OFlags::EXCL };
-                rustix::fs::openat(&*directory, name.as_slice(), flags | make, Mode::RUSR | Mode::WUSR)?
+                rustix::fs::openat(&*directory, name.as_slice(), flags | make, mode)?
             }
             Place::Existing(identity) => {
                 let handle = rustix::fs::openat(&*directory, self.meta.name.as_slice(), flags, Mode::empty())?;

@@ -57,7 +57,7 @@ use report::Issues;
 pub use report::{Action, Listener, Progress, RestoreIssue, RestoreReport};
 
 /// Opened tree blocks kept, bytes.
-const TREE_CACHE_BYTES: usize = 32 << 20;
+const TREE_CACHE_BYTES: usize = 16 << 20;
 /// Most places in files that one window plans to write: one chunk may belong in many.
 const TARGETS_MAX: usize = 65_536;
 

@@ -1,4 +1,4 @@
-//! Flushing the source's dirty pages before anything of it is read.
+//! Flushing the source's dirty pages before the content of any file is read: where nothing has changed, nothing is flushed.
 //!
 //! A store into a mapped page moves the file's mtime only when the page was clean. A page that is dirty when the backup
 //! reads it can be stored into again afterwards, and no timestamp ever tells. Once the page has been written back it is

@@ -7,7 +7,6 @@ use crossbeam_channel::{Receiver, Sender, TrySendError, bounded};
 use rustix::io::Errno;
 
 use super::dir::Dir;
-use super::flush::Flusher;
 use super::meta::{Meta, stat_at};
 use super::names::{Name, Names, SpillPolicy};
 
@@ -50,8 +49,6 @@ pub enum ListError {
 pub struct ListContext {
     /// Where long lists of names go.
     pub spill: SpillPolicy,
-    /// Flushes file systems before they are read.
-    pub flusher: Flusher,
 }
 
 impl ListContext {
@@ -64,7 +61,6 @@ impl ListContext {
     /// Lists a directory that is open.
     pub fn list_open(&self, dir: Arc<Dir>, meta: Meta) -> Result<Listing, ListError> {
         let fd = dir.fd().map_err(ListError::Open)?;
-        self.flusher.flush(meta.device, fd.as_fd());
         let mut names = Names::read(fd.as_fd(), &self.spill).map_err(ListError::Read)?;
         let batch = names.next_batch(STAT_BATCH).map_err(ListError::Read)?;
         let first = stat_all(&dir, batch);

@@ -209,12 +209,7 @@ impl Walker {
         let mut scanned = Vec::new();
         for (name, child) in &children {
             let meta = match &fd {
-                Ok(fd) => {
-                    if child.root {
-                        self.context.flusher.flush(device, fd.as_fd());
-                    }
-                    stat_at(fd.as_fd(), name, child.follow)
-                }
+                Ok(fd) => stat_at(fd.as_fd(), name, child.follow),
                 Err(error) => Err(*error),
             };
             scanned.push(Scanned { name: name.clone().into(), meta });

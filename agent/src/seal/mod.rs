@@ -4,6 +4,7 @@
 //! own key from it by a salt that depends on the bytes to be sealed, so a key never meets two plaintexts, not even when a
 //! virtual machine is cloned in the middle of a session.
 
+mod body;
 mod data_key;
 mod manifest;
 mod open;
@@ -14,6 +15,7 @@ use strandline_messages::{BlockDigest, ChunkId, RepositoryId};
 
 use crate::keys::KeyError;
 
+pub use body::Body;
 pub use data_key::DataKey;
 pub use manifest::{ManifestFields, open_manifest, sign_manifest, verify_manifest};
 pub use open::{OpenedBlock, OpenedChunk, Opener};

@@ -222,7 +222,7 @@ mod tests {
     use strandline_messages::format::keys::Capability;
 
     use super::*;
-    use crate::seal::Sealer;
+    use crate::seal::{Body, Sealer};
 
     struct Fixture {
         keyset: Keyset,
@@ -241,9 +241,10 @@ mod tests {
         }
 
         fn seal(&mut self, kind: ChunkKind, rows: &[ChunkRow], chunks: &[&[u8]]) -> Vec<u8> {
-            let lengths: Vec<u32> = chunks.iter().map(|chunk| u32::try_from(chunk.len()).unwrap()).collect();
+            let mut body = Body::default();
+            chunks.iter().for_each(|chunk| body.push(chunk));
             let mut out = Vec::new();
-            self.sealer.seal(kind, rows, &chunks.concat(), &lengths, &mut out).unwrap();
+            self.sealer.seal(kind, rows, &mut body, &mut out).unwrap();
             out
         }
 

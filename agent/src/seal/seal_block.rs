@@ -1,16 +1,18 @@
 //! The sealer: chunks in, a finished block out. One per thread; it reuses its buffers and compression context.
 
 use aws_lc_rs::aead::Aad;
-use strandline_messages::ChunkKind;
 use strandline_messages::format::FormatError;
 use strandline_messages::format::block::{
     BlockHeaderV1, ChunkRow, Codec, DIGEST_BYTES, FIXED_HEADER_BYTES, PLAINTEXT_BYTES_MAX, TAG_BYTES, encode_row,
 };
-use strandline_messages::format::cursor::{Encoder, check_limit};
-use strandline_messages::limits;
+use strandline_messages::format::chunk::REFERENCE_BYTES;
+use strandline_messages::format::cursor::check_limit;
+use strandline_messages::{ChunkId, ChunkKind, limits};
 use zstd::bulk::Compressor;
+use zstd::zstd_safe::CParameter;
 
 use super::SealError;
+use super::body::Body;
 use super::data_key::{BLOCK, DataKey, zero_nonce};
 use crate::keys::{Keyset, random};
 
@@ -19,13 +21,20 @@ const PROBE_FROM_BYTES: usize = 128 << 10;
 const PROBE_SAMPLES: usize = 8;
 const PROBE_SAMPLE_BYTES: usize = 4 << 10;
 
+/// The level of which the tables are made half as large as zstd would: they stay in a core's cache then, which is worth
+/// 4 to 10 % of the time for 0.7 % of the size.
+const USUAL_LEVEL: i32 = 3;
+const HASH_LOG: u32 = 16;
+const CHAIN_LOG: u32 = 15;
+
 /// Seals blocks under one data key.
 pub struct Sealer {
     data_key: DataKey,
     level: i32,
     compressor: Option<Compressor<'static>>,
     probe: Option<Compressor<'static>>,
-    input: Vec<u8>,
+    /// What the compressor wrote last: a block is then as large as it must be, and not as it might have become.
+    compressed: Vec<u8>,
 }
 
 impl Clone for Sealer {
@@ -43,7 +52,7 @@ impl Sealer {
 
     /// Seals under an existing data key.
     pub fn with_data_key(data_key: DataKey, zstd_level: i32) -> Self {
-        Self { data_key, level: zstd_level, compressor: None, probe: None, input: Vec::new() }
+        Self { data_key, level: zstd_level, compressor: None, probe: None, compressed: Vec::new() }
     }
 
     /// The session's data key: the manifest is sealed under it too.
@@ -59,38 +68,37 @@ impl Sealer {
         }
     }
 
-    /// Seals `plaintext`, the chunks of `rows` one after another with these `lengths` in bytes, and replaces `out` by the
-    /// block. The rows' ids are trusted. Data rows have no references.
+    /// Seals `body`, the chunks of `rows`, and replaces `out` by the block. The rows' ids are trusted. Data rows have no
+    /// references.
     pub fn seal(
         &mut self,
         kind: ChunkKind,
         rows: &[ChunkRow],
-        plaintext: &[u8],
-        lengths: &[u32],
+        body: &mut Body,
         out: &mut Vec<u8>,
     ) -> Result<(), SealError> {
         let random = random()?;
-        self.seal_with_random(kind, rows, plaintext, lengths, &random, out)
+        self.seal_with_random(kind, rows, body, &random, out)
     }
 
     fn seal_with_random(
         &mut self,
         kind: ChunkKind,
         rows: &[ChunkRow],
-        plaintext: &[u8],
-        lengths: &[u32],
+        body: &mut Body,
         random: &[u8; 32],
         out: &mut Vec<u8>,
     ) -> Result<(), SealError> {
-        check_parts(kind, rows, plaintext, lengths)?;
-        self.input.clear();
-        self.input.reserve(lengths.len() * 4 + plaintext.len());
-        for length in lengths {
-            self.input.put_u32(*length);
-        }
-        self.input.extend_from_slice(plaintext);
+        check_parts(kind, rows, body)?;
+        let input = body.input();
+        let codec = self.compress(input)?;
+        let content = if codec == Codec::Zstd { &self.compressed } else { input };
 
         out.clear();
+        let references: usize = rows.iter().map(|row| row.references.len()).sum();
+        let table = rows.len() * (ChunkId::LEN + 2) + references * REFERENCE_BYTES;
+        let around = FIXED_HEADER_BYTES + self.data_key.wrapped().len() + table + TAG_BYTES + DIGEST_BYTES;
+        out.reserve_exact(around + content.len());
         out.resize(FIXED_HEADER_BYTES, 0);
         out.extend_from_slice(self.data_key.wrapped());
         for row in rows {
@@ -99,7 +107,7 @@ impl Sealer {
         let aad_bytes = out.len();
         let table_bytes = aad_bytes - FIXED_HEADER_BYTES - self.data_key.wrapped().len();
         check_limit("chunk table", table_bytes as u64, limits::BLOCK_TABLE_BYTES_MAX)?;
-        let codec = self.append_body(aad_bytes, out)?;
+        out.extend_from_slice(content);
         let header = BlockHeaderV1 {
             kind,
             codec,
@@ -115,36 +123,28 @@ impl Sealer {
         encrypt(&self.data_key, header, random, aad_bytes, out)
     }
 
-    /// Appends the codec's output to `out`, which holds `aad_bytes` so far.
-    fn append_body(&mut self, aad_bytes: usize, out: &mut Vec<u8>) -> Result<Codec, SealError> {
-        if self.worth_compressing()? {
-            let compressor = prepared(&mut self.compressor, self.level)?;
-            out.resize(aad_bytes + zstd::zstd_safe::compress_bound(self.input.len()), 0);
-            let room = out.get_mut(aad_bytes..).unwrap_or_default();
-            let written = compressor.compress_to_buffer(&self.input, room).map_err(SealError::Compress)?;
-            if gains(self.input.len(), written) {
-                out.truncate(aad_bytes + written);
-                // Room for the tag and the digest, so that the block never moves.
-                out.reserve(TAG_BYTES + DIGEST_BYTES);
-                return Ok(Codec::Zstd);
-            }
-            out.truncate(aad_bytes);
+    /// Which codec the block gets; if it is not [`Codec::Stored`], `compressed` holds its output.
+    fn compress(&mut self, input: &[u8]) -> Result<Codec, SealError> {
+        if !self.worth_compressing(input)? {
+            return Ok(Codec::Stored);
         }
-        out.reserve(self.input.len() + TAG_BYTES + DIGEST_BYTES);
-        out.extend_from_slice(&self.input);
-        Ok(Codec::Stored)
+        self.compressed.clear();
+        self.compressed.reserve(zstd::zstd_safe::compress_bound(input.len()));
+        let compressor = prepared(&mut self.compressor, self.level)?;
+        let written = compressor.compress_to_buffer(input, &mut self.compressed).map_err(SealError::Compress)?;
+        Ok(if gains(input.len(), written) { Codec::Zstd } else { Codec::Stored })
     }
 
     /// Compresses a few samples at the fastest level: media and ciphertext gain nothing, and most of the time of a
     /// backup is compression.
-    fn worth_compressing(&mut self) -> Result<bool, SealError> {
-        if self.input.len() < PROBE_FROM_BYTES {
+    fn worth_compressing(&mut self, input: &[u8]) -> Result<bool, SealError> {
+        if input.len() < PROBE_FROM_BYTES {
             return Ok(true);
         }
         let probe = prepared(&mut self.probe, 1)?;
         let mut room = [0u8; PROBE_SAMPLE_BYTES + 512];
-        let stride = self.input.len() / PROBE_SAMPLES;
-        for sample in self.input.chunks(stride.max(PROBE_SAMPLE_BYTES)) {
+        let stride = input.len() / PROBE_SAMPLES;
+        for sample in input.chunks(stride.max(PROBE_SAMPLE_BYTES)) {
             let sample = sample.get(..PROBE_SAMPLE_BYTES).unwrap_or(sample);
             let written = probe.compress_to_buffer(sample, room.as_mut_slice()).map_err(SealError::Compress)?;
             if gains(sample.len(), written) {
@@ -165,7 +165,13 @@ fn prepared<'a>(
     level: i32,
 ) -> Result<&'a mut Compressor<'static>, SealError> {
     if slot.is_none() {
-        *slot = Some(Compressor::new(level).map_err(SealError::Compress)?);
+        let mut compressor = Compressor::new(level).map_err(SealError::Compress)?;
+        if level == USUAL_LEVEL {
+            for parameter in [CParameter::HashLog(HASH_LOG), CParameter::ChainLog(CHAIN_LOG)] {
+                compressor.set_parameter(parameter).map_err(SealError::Compress)?;
+            }
+        }
+        *slot = Some(compressor);
     }
     slot.as_mut().ok_or(SealError::Crypto { what: "no compressor" })
 }
@@ -201,17 +207,14 @@ fn encrypt(
     Ok(())
 }
 
-fn check_parts(kind: ChunkKind, rows: &[ChunkRow], plaintext: &[u8], lengths: &[u32]) -> Result<(), FormatError> {
+fn check_parts(kind: ChunkKind, rows: &[ChunkRow], body: &Body) -> Result<(), FormatError> {
     let invalid = |why| FormatError::Invalid { what: "block", why };
     check_limit("number of chunks in a block", rows.len() as u64, limits::BLOCK_CHUNKS_MAX)?;
-    check_limit("plaintext of a block", (plaintext.len() + lengths.len() * 4) as u64, PLAINTEXT_BYTES_MAX)?;
-    if rows.is_empty() || rows.len() != lengths.len() {
+    check_limit("plaintext of a block", body.input_bytes() as u64, PLAINTEXT_BYTES_MAX)?;
+    if rows.is_empty() || rows.len() != body.lengths().len() {
         return Err(invalid("it has no chunks, or not one length for each"));
     }
-    if lengths.iter().map(|&length| u64::from(length)).sum::<u64>() != plaintext.len() as u64 {
-        return Err(invalid("the lengths of the chunks are not the length of the plaintext"));
-    }
-    for length in lengths {
+    for length in body.lengths() {
         check_limit("chunk length", u64::from(*length), limits::CHUNK_BYTES_MAX)?;
     }
     for row in rows {
@@ -230,8 +233,8 @@ fn small<T: TryFrom<usize>>(number: usize) -> Result<T, SealError> {
 
 #[cfg(test)]
 mod tests {
+    use strandline_messages::RepositoryId;
     use strandline_messages::format::block::BlockView;
-    use strandline_messages::{ChunkId, RepositoryId};
 
     use super::*;
 
@@ -239,11 +242,16 @@ mod tests {
         Keyset::create(RepositoryId([1; 16])).unwrap()
     }
 
+    fn body(chunks: &[&[u8]]) -> Body {
+        let mut body = Body::default();
+        chunks.iter().for_each(|chunk| body.push(chunk));
+        body
+    }
+
     fn seal_one(sealer: &mut Sealer, random: &[u8; 32], plaintext: &[u8]) -> Vec<u8> {
         let rows = [ChunkRow { id: ChunkId([3; 32]), references: Vec::new() }];
         let mut out = Vec::new();
-        let length = u32::try_from(plaintext.len()).unwrap();
-        sealer.seal_with_random(ChunkKind::Data, &rows, plaintext, &[length], random, &mut out).unwrap();
+        sealer.seal_with_random(ChunkKind::Data, &rows, &mut body(&[plaintext]), random, &mut out).unwrap();
         out
     }
 
@@ -284,17 +292,16 @@ mod tests {
         let row = |references| ChunkRow { id: ChunkId([3; 32]), references };
         let reference = strandline_messages::format::chunk::Reference::data(ChunkId([4; 32]));
         let mut out = Vec::new();
-        let mut seal = |rows: &[ChunkRow], plaintext: &[u8], lengths: &[u32]| {
-            sealer.seal(ChunkKind::Data, rows, plaintext, lengths, &mut out).is_ok()
+        let mut seal = |rows: &[ChunkRow], chunks: &[&[u8]]| {
+            sealer.seal(ChunkKind::Data, rows, &mut body(chunks), &mut out).is_ok()
         };
-        assert!(seal(&[row(vec![])], b"ab", &[2]));
-        assert!(!seal(&[], b"", &[]));
-        assert!(!seal(&[row(vec![])], b"ab", &[3]));
-        assert!(!seal(&[row(vec![])], b"ab", &[1, 1]));
-        assert!(!seal(&[row(vec![reference])], b"ab", &[2]));
-        let large = vec![0; PLAINTEXT_BYTES_MAX];
-        assert!(!seal(&[row(vec![])], &large, &[u32::try_from(large.len()).unwrap()]));
-        let maximal = vec![0; limits::CHUNK_BYTES_MAX];
-        assert!(seal(&[row(vec![])], &maximal, &[u32::try_from(maximal.len()).unwrap()]));
+        assert!(seal(&[row(vec![])], &[b"ab"]));
+        assert!(!seal(&[], &[]));
+        assert!(!seal(&[row(vec![])], &[b"a", b"b"]));
+        assert!(!seal(&[row(vec![]), row(vec![])], &[b"ab"]));
+        assert!(!seal(&[row(vec![reference])], &[b"ab"]));
+        assert!(!seal(&[row(vec![])], &[&vec![0; PLAINTEXT_BYTES_MAX]]));
+        assert!(!seal(&[row(vec![])], &[&vec![0; limits::CHUNK_BYTES_MAX + 1]]));
+        assert!(seal(&[row(vec![])], &[&vec![0; limits::CHUNK_BYTES_MAX]]));
     }
 }

@@ -15,7 +15,7 @@ use strandline_messages::{ChunkId, ChunkKind, RepositoryId};
 
 use super::{ChunkSource, FetchError, Fetched, Received};
 use crate::keys::Keyset;
-use crate::seal::{Opener, Sealer};
+use crate::seal::{Body, Opener, Sealer};
 
 /// A writable repository.
 pub(crate) struct MemoryRepository {
@@ -84,9 +84,10 @@ impl MemoryRepository {
             return;
         }
         let (rows, chunks): (Vec<_>, Vec<_>) = pending.into_iter().unzip();
-        let lengths: Vec<u32> = chunks.iter().map(|chunk| u32::try_from(chunk.len()).unwrap()).collect();
+        let mut body = Body::default();
+        chunks.iter().for_each(|chunk| body.push(chunk));
         let mut out = Vec::new();
-        self.sealer.seal(kind, &rows, &chunks.concat(), &lengths, &mut out).unwrap();
+        self.sealer.seal(kind, &rows, &mut body, &mut out).unwrap();
         for row in rows {
             self.places.insert(row.id, self.blocks.len());
         }
