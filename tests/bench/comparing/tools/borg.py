@@ -1,0 +1,5 @@
+from .base import Tool
+
+
+class Borg(Tool):
+    name = "borg"

@@ -1,0 +1,5 @@
+from .base import Tool
+
+
+class Bupstash(Tool):
+    name = "bupstash"
