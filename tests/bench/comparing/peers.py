@@ -32,8 +32,8 @@ def gather(place: Place, tools: list[str], network: bool, strand: Path | None, s
     _own(kit, strand, server)
     wanted = {
         "tar": [_packaged("tar"), _packaged("zstd"), _packaged("socat"), _certificate],
-        "restic": [_packaged("restic")] + [_crate("rustic-server"), _certificate] * network,
-        "rustic": [_crate("rustic")] + [_crate("rustic-server"), _certificate] * network,
+        "restic": [_packaged("restic")] + [_rest_server, _certificate] * network,
+        "rustic": [_crate("rustic")] + [_rest_server, _certificate] * network,
         "borg": [_borg] + [_packaged("ssh"), _packaged("sshd")] * network,
         "bupstash": [_crate("bupstash")] + [_packaged("ssh"), _packaged("sshd")] * network,
     }
@@ -93,6 +93,14 @@ def _apt(kit: Kit, program: str, packages: str) -> None:
         kit.missing[program] = str(error)
 
 
+def _rest_server(kit: Kit) -> None:
+    """restic's own if somebody has installed it; no package brings it."""
+    if found := find("rest-server"):
+        kit.programs["rest-server"] = found
+    else:
+        _crate("rustic-server")(kit)
+
+
 def _crate(program: str) -> Step:
     def step(kit: Kit) -> None:
         crate, needs, options = CRATES[program]
@@ -128,7 +136,7 @@ def _borg(kit: Kit) -> None:
 
 
 def _certificate(kit: Kit) -> None:
-    """A certificate for 127.0.0.1 that signs itself."""
+    """An authority, and its certificate for 127.0.0.1. Not one that signs itself: some TLS libraries refuse that."""
     if "certificate" in kit.programs:
         return
     _packaged("openssl")(kit)
@@ -136,20 +144,25 @@ def _certificate(kit: Kit) -> None:
         kit.missing["certificate"] = reason
         return
     folder = kit.place.tools / "tls"
-    folder.mkdir(exist_ok=True)
-    certificate, key, both = folder / "certificate.pem", folder / "key.pem", folder / "both.pem"
-    if not both.exists():
-        run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "3650",
-             "-keyout", key, "-out", certificate, "-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"])
-        both.write_text(key.read_text() + certificate.read_text())
-        both.chmod(0o600)
-    kit.programs |= {"certificate": certificate, "key": key, "certificate-and-key": both}
+    if not (folder / "both.pem").exists():
+        folder.mkdir(exist_ok=True)
+        new = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+        run(["openssl", "req", "-x509", *new, "-days", "3650", "-subj", "/CN=bench", "-keyout", "authority-key.pem",
+             "-out", "authority.pem"], cwd=folder)
+        run(["openssl", "req", *new, "-subj", "/CN=127.0.0.1", "-keyout", "key.pem", "-out", "request.pem"], cwd=folder)
+        (folder / "extensions").write_text("subjectAltName=IP:127.0.0.1\nbasicConstraints=CA:FALSE\n")
+        run(["openssl", "x509", "-req", "-in", "request.pem", "-CA", "authority.pem", "-CAkey", "authority-key.pem", "-CAcreateserial",
+             "-days", "3650", "-extfile", "extensions", "-out", "certificate.pem"], cwd=folder)
+        (folder / "both.pem").touch(mode=0o600)
+        (folder / "both.pem").write_text((folder / "key.pem").read_text() + (folder / "certificate.pem").read_text())
+    kit.programs |= {"authority": folder / "authority.pem", "certificate": folder / "certificate.pem", "key": folder / "key.pem",
+                     "certificate-and-key": folder / "both.pem"}
 
 
 def _versions(kit: Kit) -> None:
     """What each program says of itself, in one line."""
     options = {"strand": "--version", "strand-server": "--version", "restic": "version", "borg": "--version",
-               "rustic": "--version", "rustic-server": "--version", "bupstash": "version", "tar": "--version",
+               "rustic": "--version", "rustic-server": "--version", "bupstash": "version", "rest-server": "--version", "ssh": "-V", "tar": "--version",
                "zstd": "--version", "socat": "-V"}
     for program, option in options.items():
         if program in kit.programs:

@@ -58,9 +58,10 @@ class Attic:
     def _delete(self, paths: list[Path]) -> None:
         for path in paths:
             run(["rm", "-rf", path])
-        sync_file_system(self.place.work)
-        if self.inodes > INODES_NEGLIGIBLE and not self.place.quick:
-            self.cleared_at = time.monotonic()
+        if not self.place.quick:
+            sync_file_system(self.place.work)
+            if self.inodes > INODES_NEGLIGIBLE:
+                self.cleared_at = time.monotonic()
         self.inodes = 0
 
     def rest(self) -> None:

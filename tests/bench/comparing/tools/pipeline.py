@@ -17,12 +17,12 @@ BUFFER_BYTES = 1 << 20
 
 
 def sender(kit: Kit, port: int) -> str:
-    authority = kit.get("certificate")
+    authority = kit.get("authority")
     return f"socat -u -b {BUFFER_BYTES} STDIN OPENSSL:127.0.0.1:{port},cafile={authority},commonname=127.0.0.1"
 
 
 def receiver(kit: Kit, port: int) -> str:
-    authority = kit.get("certificate")
+    authority = kit.get("authority")
     return f"socat -u -b {BUFFER_BYTES} OPENSSL:127.0.0.1:{port},cafile={authority},commonname=127.0.0.1 STDOUT"
 
 
