@@ -5,10 +5,10 @@ from html import escape
 from . import goals
 from .ratios import Table, wall_s
 from .results import Results
-from .tools import ALL, PHASES
+from .tools import ALL, LIMITS, PHASES
 
 COLOURS = {"strandline": "#1b6ca8", "restic": "#d1495b", "borg": "#66a182", "rustic": "#edae49", "bupstash": "#8d6a9f",
-           "tar": "#8d99ae", "cp": "#b8c0cc", "walk": "#b8c0cc", "tls": "#b8c0cc"}
+           "tar": "#8d99ae"} | dict.fromkeys(LIMITS, "#c9d0da")
 NAMES = [tool.name for tool in ALL]
 # Pixels.
 BAR, GAP, LABELS, CELL, TITLE, HEAD = 9, 2, 74, 168, 22, 58
@@ -35,9 +35,10 @@ def svg(results: Results) -> str:
 
 def _legend() -> str:
     parts = []
-    for number, tool in enumerate(NAMES):
+    labels = {tool: tool for tool in NAMES if tool not in LIMITS} | {LIMITS[0]: "limits: " + ", ".join(LIMITS)}
+    for number, (tool, label) in enumerate(labels.items()):
         x = 8 + number * 86
-        parts.append(f'<rect x="{x}" y="30" width="9" height="9" fill="{COLOURS[tool]}"/><text x="{x + 13}" y="38">{tool}</text>')
+        parts.append(f'<rect x="{x}" y="30" width="9" height="9" fill="{COLOURS[tool]}"/><text x="{x + 13}" y="38">{label}</text>')
     return "\n".join(parts) + "\n"
 
 
@@ -50,8 +51,8 @@ def _row(table: Table, corpus: str, mode: str, top: int) -> tuple[str, int]:
         x = LABELS + column * CELL
         y = top + TITLE
         ours = table.spread(corpus, mode, phase, goals.OURS, wall_s)
-        unit = f" ({ours.median:.2f} s)" if ours else ""
-        parts.append(f'<text x="{x}" y="{y - 6}" fill="#444">{phase}{unit}</text>')
+        if ours:
+            parts.append(f'<text x="{x}" y="{y - 6}" fill="#444">{phase} ({ours.median:.2f} s)</text>')
         for tool in NAMES:
             ratio = table.ratio(corpus, mode, phase, tool, [goals.OURS], wall_s)
             if ratio is None:

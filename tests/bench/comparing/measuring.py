@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from .place import Place
-from .servers import Server
-from .shell import tail
+from .servers import TICKS_PER_S, Server
+from .shell import end_group, tail
 
 COMMAND_S_MAX = 3600
 
@@ -33,6 +33,8 @@ class Cost:
     client_peak_mib: float
     server_cpu_s: float | None
     server_peak_mib: float | None
+    # Of everybody else meanwhile: the kernel's own threads, and neighbours, which there should be none of.
+    others_cpu_s: float
 
     def fields(self) -> dict:
         return {name: value if value is None else round(value, 4) for name, value in asdict(self).items()}
@@ -46,23 +48,33 @@ def measure(command: Command, place: Place, log: Path) -> tuple[Cost | None, str
     server = command.server or Server()
     server.begin()
     with log.open("w") as output:
-        begun = time.monotonic()
+        busy_before_s, begun = busy_cpu_s(), time.monotonic()
         client = subprocess.Popen([str(word) for word in argv], cwd=command.cwd, env=environment(command.environment),
-                                  stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+                                  stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True)
         try:
             client.wait(COMMAND_S_MAX)
         except subprocess.TimeoutExpired:
-            client.kill()
-            client.wait()
+            pass
+        finally:
+            end_group(client)
         failure = server.until_durable()
         wall_s = time.monotonic() - begun
+        busy_s = busy_cpu_s() - busy_before_s
     server_cpu_s, server_peak_mib = server.end()
     if client.returncode != 0:
         said = tail(log.read_text(errors="replace"), 3)
         return None, f"ended with {client.returncode}: {said}"[:400]
     used = json.loads(usage.read_text().splitlines()[-1])
     cpu_s = used["user_s"] + used["system_s"]
-    return Cost(wall_s, cpu_s, used["peak_kib"] / 1024, server_cpu_s, server_peak_mib), failure
+    others_cpu_s = max(0.0, busy_s - cpu_s - (server_cpu_s or 0))
+    return Cost(wall_s, cpu_s, used["peak_kib"] / 1024, server_cpu_s, server_peak_mib, others_cpu_s), failure
+
+
+def busy_cpu_s() -> float:
+    """What all cores have worked since the machine began, time taken by its host included."""
+    ticks = [int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+    user, nice, system, _idle, _waiting, interrupt, soft_interrupt, stolen = ticks
+    return (user + nice + system + interrupt + soft_interrupt + stolen) / TICKS_PER_S
 
 
 def environment(extra: dict) -> dict:

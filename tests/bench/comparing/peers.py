@@ -5,6 +5,7 @@ What is there already is taken; what cannot be had is noted with its reason and 
 
 import os
 import re
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,11 +18,15 @@ CHECKOUT = HERE.parents[2]
 # Debian's package of each program that is no part of a minimal system.
 PACKAGES = {"socat": "socat", "zstd": "zstd", "restic": "restic", "sshd": "openssh-server", "ssh": "openssh-client",
             "openssl": "openssl", "mkfs.ext4": "e2fsprogs", "cc": "gcc libc6-dev", "tar": "tar"}
-# Programs from crates.io: the crate, what it needs to build, and options. Cargo's output is a log.
+# Programs from crates.io: the crate, what it needs to build, and options. What rustic leaves out is no part of a backup: a
+# screen interface, metrics, a WebDAV server.
 CRATES = {"rustic": ("rustic-rs", "", ["--no-default-features"]), "rustic-server": ("rustic_server", "", []),
           "bupstash": ("bupstash", "libsodium-dev pkg-config", [])}
 # Newer than Debian's, where pip can build it or has it built.
 BORG = "borgbackup==1.4.*"
+
+
+Step = Callable[[Kit], None]
 
 
 def gather(place: Place, tools: list[str], network: bool, strand: Path | None, server: Path | None) -> Kit:
@@ -60,9 +65,6 @@ def _own(kit: Kit, strand: Path | None, server: Path | None) -> None:
             raise Failed("the programs given with --strand and --strand-server do not exist")
         say("building Strandline")
         run(["cargo", "build", "--release", "--locked"], cwd=CHECKOUT)
-
-
-Step = Callable[[Kit], None]
 
 
 def _packaged(program: str) -> Step:
@@ -167,8 +169,9 @@ def _versions(kit: Kit) -> None:
     for program, option in options.items():
         if program in kit.programs:
             try:
-                kit.versions[program] = _version(run([kit.get(program), option]))
-            except Failed as error:
+                done = subprocess.run([kit.get(program), option], capture_output=True, text=True, check=False)
+                kit.versions[program] = _version(done.stdout + done.stderr)
+            except OSError as error:
                 kit.versions[program] = str(error)
 
 

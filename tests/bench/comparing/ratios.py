@@ -5,6 +5,7 @@ import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from .corpora import BY_NAME
 from .results import Results
 from .tools.base import CHANGED, FIRST, UNCHANGED
 
@@ -80,5 +81,6 @@ class Table:
         return Spread.of(found)
 
     def measured(self) -> list[tuple[str, str]]:
-        """Corpora and modes that there are."""
-        return list(dict.fromkeys((row["corpus"], row["mode"]) for row in self.results.rows))
+        """Corpora and modes that there are, in the order in which corpora are listed."""
+        found = {(row["corpus"], row["mode"]) for row in self.results.rows}
+        return sorted(found, key=lambda pair: (list(BY_NAME).index(pair[0]), pair[1]))

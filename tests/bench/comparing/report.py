@@ -9,6 +9,9 @@ from .tools.base import CHANGED, ONE_FILE, RESTORE
 NAMES = [tool.name for tool in ALL]
 COLUMNS = ["tool", "wall s", "CPU s client", "CPU s server", "peak MiB client", "peak MiB server", "repository MB", "growth MB",
            "wall ÷ strandline", "flush s"]
+# Shorter steps have too few ticks to tell who used the processor.
+SHARE_FROM_S = 1
+OTHERS_CORES_MAX = 0.3
 
 
 def markdown(results: Results) -> str:
@@ -37,9 +40,10 @@ def _conditions(results: Results) -> str:
     lines.append("Versions: " + "; ".join(f"{name}: {said}" for name, said in results.versions.items()) + ".")
     if results.notes:
         lines.append("Not measured:\n\n" + "\n".join(f"* {subject}: {reason}" for subject, reason in results.notes.items()))
-    if load := Spread.of(row.get("load") for row in results.rows):
-        lines.append(f"Load of the machine (1 minute) when a step began: median {load.median:.1f}, at most {load.most:.1f}. The step before "
-                     f"it counts in that; with {machine.get('cores')} cores, a median well above {machine.get('cores')} means that others used the machine.")
+    if others := Spread.of(row["others_cpu_s"] / row["wall_s"] for row in results.rows if row.get("wall_s", 0) >= SHARE_FROM_S):
+        lines.append(f"While steps ran (of {SHARE_FROM_S} s and more), the rest of the machine used {others.median:.2f} cores (median), at most "
+                     f"{others.most:.2f}. The kernel's writing needs some; far more than {OTHERS_CORES_MAX} means neighbours, and figures that "
+                     "should not be trusted.")
     return "\n\n".join(lines)
 
 
@@ -54,7 +58,7 @@ def _failures(results: Results) -> str:
 def _goals(table: Table) -> str:
     rows = [[verdict.goal, verdict.corpus, verdict.mode, verdict.measured, verdict.limit,
              {True: "holds", False: "**missed**", None: "–"}[verdict.holds]] for verdict in goals.verdicts(table)]
-    return "## Goals\n\nStrandline divided by the best of the others in the same round.\n\n" + _grid(
+    return "## Goals\n\nStrandline divided by the best of the others in the same round, judged as printed: with two decimals.\n\n" + _grid(
         ["goal", "corpus", "mode", "measured", "goal is", ""], rows)
 
 

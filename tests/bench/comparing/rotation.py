@@ -6,11 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import corpora, machine, measuring, quiet, trees
+from . import corpora, measuring, quiet, trees
 from .corpora import Corpus
 from .place import Place
 from .shell import Failed, say
-from .tools.base import CHANGED, FIRST, ONE_FILE, RESTORE, UNCHANGED, Kit, Tool
+from .tools.base import CHANGED, FIRST, ONE_FILE, PHASES, RESTORE, UNCHANGED, Kit, Tool
 
 MIB = 1 << 20
 # File caches do not trust what changed within two seconds before a backup.
@@ -73,13 +73,14 @@ class Round:
             self._failed(tool, "setup", str(error))
 
     def _phase(self, phase: str) -> None:
-        turn = (self.number + _who_begins(phase)) % max(1, len(self.tools))
+        # Another tool begins in every phase and round.
+        turn = (self.number + PHASES.index(phase)) % max(1, len(self.tools))
         for tool in self.tools[turn:] + self.tools[:turn]:
             if phase not in tool.phases:
                 continue
             try:
                 self._step(tool, phase)
-            except Failed as error:
+            except (Failed, OSError) as error:
                 self._failed(tool, phase, str(error))
 
     def _failed(self, tool: Tool, phase: str, reason: str) -> None:
@@ -103,7 +104,6 @@ class Round:
         read = [self.source] + [tool.repository] * (restoring and tool.repository is not None)
         quiet.warm(self.kit.get("walk"), read, self.bytes + 1024 * MIB if heavy else TOUCHED_FOR_SMALL_STEPS_BYTES)
         log = self.place.logs / f"{self.corpus.name}-{self.mode}-{self.number}-{tool.name}-{phase.replace(' ', '-')}.log"
-        load = machine.load()
         cost, failure = measuring.measure(command, self.place, log)
         if cost is None:
             raise Failed(failure or "failed")
@@ -114,7 +114,7 @@ class Round:
         allocated, apparent = measuring.size(tool.repository)
         row = self._row(tool, phase) | cost.fields()
         row |= {"flush_s": round(left_undone_s, 3), "repository_bytes": allocated, "repository_apparent_bytes": apparent}
-        row |= {"load": round(load, 2), "failure": failure}
+        row["failure"] = failure
         self.record(row)
         remark = f"  FAILED: {failure}" if failure else ""
         say(f"  {phase:9} {tool.name:10} {cost.wall_s:7.2f} s  {allocated / 1e6:8.1f} MB{remark}")
@@ -140,11 +140,6 @@ class Round:
         """A file of middling size, the same for every tool."""
         sizes = {path: entry.size for path, entry in self.expected.items() if 2_000 <= entry.size <= 1_000_000}
         return random.Random(self.number).choice(sorted(sizes))
-
-
-def _who_begins(phase: str) -> int:
-    """Another tool begins in every phase."""
-    return (FIRST, UNCHANGED, CHANGED, RESTORE, ONE_FILE).index(phase)
 
 
 def run(place: Place, kit: Kit, chosen: list[Corpus], modes: list[str], rounds: int, tools: list[type[Tool]],

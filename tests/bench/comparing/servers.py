@@ -10,7 +10,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from .shell import Failed, free_port, wait_for_port
+from .shell import Failed, end_group, wait_for_port
 
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 PATIENCE_S = 60
@@ -51,6 +51,8 @@ class Daemon(Server):
             raise Failed(f"{error}: {' | '.join(said)}") from error
 
     def begin(self) -> None:
+        if self.process.poll() is not None:
+            raise Failed(f"the server ended with {self.process.returncode}")
         self.process.send_signal(signal.SIGCONT)
         # Documented in proc(5): 5 resets the peak of resident memory.
         Path(f"/proc/{self.process.pid}/clear_refs").write_text("5")
@@ -65,9 +67,6 @@ class Daemon(Server):
 
     def pause(self) -> None:
         self.process.send_signal(signal.SIGSTOP)
-
-    def resume(self) -> None:
-        self.process.send_signal(signal.SIGCONT)
 
     def stop(self) -> None:
         if self.process.poll() is None:
@@ -124,26 +123,23 @@ class OneShot(Server):
         self.usage.unlink(missing_ok=True)
         argv = [str(word) for word in [self.measure, self.usage, *self.argv]]
         self.process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                                        stderr=subprocess.DEVNULL, env=self.environment)
+                                        stderr=subprocess.DEVNULL, env=self.environment, start_new_session=True)
         wait_for_port(self.port, self.process)
 
     def until_durable(self) -> str | None:
         try:
             code = self.process.wait(PATIENCE_S)
         except subprocess.TimeoutExpired:
-            self.process.terminate()
-            self.process.wait()
+            end_group(self.process)
             return "the other side does not end"
         return f"the other side ended with {code}" if code else None
 
     def end(self) -> tuple[float | None, float | None]:
+        if not self.usage.exists():
+            return None, None
         used = json.loads(self.usage.read_text().splitlines()[-1])
         return used["user_s"] + used["system_s"], used["peak_kib"] / 1024
 
     def stop(self) -> None:
-        if self.process is not None and self.process.poll() is None:
-            self.process.terminate()
-            self.process.wait()
-
-
-__all__ = ["Daemon", "OneShot", "Server", "Sshd", "free_port"]
+        if self.process is not None:
+            end_group(self.process)
