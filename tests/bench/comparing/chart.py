@@ -63,6 +63,7 @@ def _row(table: Table, corpus: str, mode: str, top: int) -> tuple[str, int]:
                          f'<text x="{x + length + 3:.1f}" y="{y + BAR - 1}" font-size="8">{ratio.median:.2f}</text>')
             y += BAR + GAP
         if ours:
-            parts.append(f'<path d="M{x + SCALE:.1f} {top + TITLE - 2}V{y}" stroke="#222" stroke-width="0.6" stroke-dasharray="2 2"/>')
+            parts.append(f'<path d="M{x + SCALE:.1f} {top + TITLE - 2}V{y}" stroke="#222" stroke-width="0.6" '
+                         'stroke-dasharray="2 2"/>')
         height = max(height, y - top)
     return "\n".join(parts), height

@@ -5,6 +5,7 @@ What is there already is taken; what cannot be had is noted with its reason and 
 
 import os
 import re
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -45,6 +46,8 @@ def gather(place: Place, tools: list[str], network: bool, strand: Path | None, s
     for tool in tools:
         for step in wanted.get(tool, []):
             step(kit)
+    # What was left of building is larger than everything that was built.
+    shutil.rmtree(place.tools / "build", ignore_errors=True)
     _versions(kit)
     return kit
 
@@ -153,8 +156,8 @@ def _certificate(kit: Kit) -> None:
              "-out", "authority.pem"], cwd=folder)
         run(["openssl", "req", *new, "-subj", "/CN=127.0.0.1", "-keyout", "key.pem", "-out", "request.pem"], cwd=folder)
         (folder / "extensions").write_text("subjectAltName=IP:127.0.0.1\nbasicConstraints=CA:FALSE\n")
-        run(["openssl", "x509", "-req", "-in", "request.pem", "-CA", "authority.pem", "-CAkey", "authority-key.pem", "-CAcreateserial",
-             "-days", "3650", "-extfile", "extensions", "-out", "certificate.pem"], cwd=folder)
+        run(["openssl", "x509", "-req", "-in", "request.pem", "-CA", "authority.pem", "-CAkey", "authority-key.pem",
+             "-CAcreateserial", "-days", "3650", "-extfile", "extensions", "-out", "certificate.pem"], cwd=folder)
         (folder / "both.pem").touch(mode=0o600)
         (folder / "both.pem").write_text((folder / "key.pem").read_text() + (folder / "certificate.pem").read_text())
     kit.programs |= {"authority": folder / "authority.pem", "certificate": folder / "certificate.pem", "key": folder / "key.pem",
@@ -164,7 +167,8 @@ def _certificate(kit: Kit) -> None:
 def _versions(kit: Kit) -> None:
     """What each program says of itself, in one line."""
     options = {"strand": "--version", "strand-server": "--version", "restic": "version", "borg": "--version",
-               "rustic": "--version", "rustic-server": "--version", "bupstash": "version", "rest-server": "--version", "ssh": "-V", "tar": "--version",
+               "rustic": "--version", "rustic-server": "--version", "bupstash": "version", "rest-server": "--version",
+               "ssh": "-V", "tar": "--version",
                "zstd": "--version", "socat": "-V"}
     for program, option in options.items():
         if program in kit.programs:

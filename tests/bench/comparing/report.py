@@ -28,22 +28,22 @@ def _grid(head: list[str], rows: list[list[str]]) -> str:
 
 def _conditions(results: Results) -> str:
     machine = results.machine
-    lines = [f"{machine.get('processor')}, {machine.get('cores')} cores, {machine.get('memory_gib')} GiB, {machine.get('file_system')}, "
-             f"kernel {machine.get('kernel')}, autogroup scheduling {'on' if machine.get('autogroup') else 'off'}."]
+    lines = [f"{machine.get('processor')}, {machine.get('cores')} cores, {machine.get('memory_gib')} GiB, "
+             f"{machine.get('file_system')}, kernel {machine.get('kernel')}, autogroup scheduling {'on' if machine.get('autogroup') else 'off'}."]
     if results.quick:
         lines.append("**Small corpora, for testing the bench itself: the figures mean nothing.**")
-    lines.append("Agent and server on the same machine; network is loopback. Figures are medians of the rounds [least–most]; ratios are "
-                 "taken round by round. *flush*: how long it took, after the command had ended, to make durable what it had left in the cache "
-                 "(not part of wall). Sizes are allocated blocks, everything on the storing side. MB are 10⁶ bytes.")
+    lines.append("Agent and server on the same machine; network is loopback. Figures are medians of the rounds [least–most]; "
+                 "ratios are taken round by round. *flush*: how long it took, after the command had ended, to make durable what it "
+                 "had left in the cache (not part of wall). Sizes are allocated blocks, everything on the storing side. MB are 10⁶ bytes.")
     rows = [[name, results.terms[name]] for name in NAMES if name in results.terms]
     lines.append(_grid(["tool", "terms"], rows))
     lines.append("Versions: " + "; ".join(f"{name}: {said}" for name, said in results.versions.items()) + ".")
     if results.notes:
         lines.append("Not measured:\n\n" + "\n".join(f"* {subject}: {reason}" for subject, reason in results.notes.items()))
     if others := Spread.of(row["others_cpu_s"] / row["wall_s"] for row in results.rows if row.get("wall_s", 0) >= SHARE_FROM_S):
-        lines.append(f"While steps ran (of {SHARE_FROM_S} s and more), the rest of the machine used {others.median:.2f} cores (median), at most "
-                     f"{others.most:.2f}. The kernel's writing needs some; far more than {OTHERS_CORES_MAX} means neighbours, and figures that "
-                     "should not be trusted.")
+        lines.append(f"While steps ran (of {SHARE_FROM_S} s and more), the rest of the machine used {others.median:.2f} cores "
+                     f"(median), at most {others.most:.2f}. The kernel's writing needs some; far more than {OTHERS_CORES_MAX} means "
+                     "neighbours, and figures that should not be trusted.")
     return "\n\n".join(lines)
 
 
@@ -51,15 +51,16 @@ def _failures(results: Results) -> str:
     failed = [row for row in results.rows if row.get("failure")]
     if not failed:
         return "Every restored tree was compared with its corpus; all were equal." if results.rows else ""
-    rows = [[row["tool"], row["corpus"], row["mode"], row["phase"], str(row["round"]), row["failure"].replace("|", "/")] for row in failed]
+    rows = [[row["tool"], row["corpus"], row["mode"], row["phase"], str(row["round"]), row["failure"].replace("|", "/")]
+            for row in failed]
     return "## Failures\n\n" + _grid(["tool", "corpus", "mode", "phase", "round", "what"], rows)
 
 
 def _goals(table: Table) -> str:
     rows = [[verdict.goal, verdict.corpus, verdict.mode, verdict.measured, verdict.limit,
              {True: "holds", False: "**missed**", None: "–"}[verdict.holds]] for verdict in goals.verdicts(table)]
-    return "## Goals\n\nStrandline divided by the best of the others in the same round, judged as printed: with two decimals.\n\n" + _grid(
-        ["goal", "corpus", "mode", "measured", "goal is", ""], rows)
+    about = "Strandline divided by the best of the others in the same round, judged as printed: with two decimals."
+    return f"## Goals\n\n{about}\n\n" + _grid(["goal", "corpus", "mode", "measured", "goal is", ""], rows)
 
 
 def _corpus(results: Results, table: Table, corpus: str, mode: str) -> str:

@@ -15,8 +15,8 @@ from .tools.base import CHANGED, FIRST, ONE_FILE, PHASES, RESTORE, UNCHANGED, Ki
 MIB = 1 << 20
 # File caches do not trust what changed within two seconds before a backup.
 SETTLE_S = 3
-# Repositories and restored trees of this many tools lie beside each other.
-ROOM_FACTOR = 1.3
+# Of the bytes of a corpus, what the repository of one tool and the small files that it restored take at most, on average.
+ROOM_PER_TOOL = 0.8
 TOUCHED_FOR_SMALL_STEPS_BYTES = 512 * MIB
 
 
@@ -40,7 +40,7 @@ class Round:
         self.source = self.home / "source" / self.corpus.name
         self.bytes, _ = measuring.size(original)
         self.entries = sum(1 for _ in original.rglob("*"))
-        self.attic.make_room(round(self.bytes * ROOM_FACTOR * (len(tools) + 2)), self.entries * (len(tools) + 1))
+        self.attic.make_room(round(self.bytes * (2 + ROOM_PER_TOOL * len(tools))), self.entries * (len(tools) + 1))
         quiet.copy_tree(original, self.source)
         quiet.settle(SETTLE_S)
         self.tools: list[Tool] = []
@@ -159,8 +159,13 @@ def run(place: Place, kit: Kit, chosen: list[Corpus], modes: list[str], rounds: 
         for mode in modes:
             results.begin(corpus.name, mode)
             takes_part = [kind for kind in tools if kind.applies(corpus.name) and not kind.unavailable(kit, mode)]
-            for number in range(1, rounds + 1):
-                say(f"{corpus.name}, {mode}, round {number} of {rounds}")
-                attic.rest()
-                Round(place, attic, kit, corpus, mode, number, results.add).run(takes_part)
+            results.note(f"{corpus.name}, {mode}", None)
+            try:
+                for number in range(1, rounds + 1):
+                    say(f"{corpus.name}, {mode}, round {number} of {rounds}")
+                    attic.rest()
+                    Round(place, attic, kit, corpus, mode, number, results.add).run(takes_part)
+            except (Failed, OSError) as error:
+                say(f"{corpus.name}, {mode}: ended early: {error}")
+                results.note(f"{corpus.name}, {mode}", f"ended early: {error}")
             attic.clear()

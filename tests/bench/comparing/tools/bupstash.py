@@ -11,7 +11,8 @@ from .base import Kit, Tool
 
 class Bupstash(Tool):
     name = "bupstash"
-    terms = "fsync of every chunk file and of its log; zstd 3; XChaCha20-Poly1305 with sealed keys at rest, ssh at its defaults on the way"
+    terms = ("fsync of every chunk file and of its log; zstd 3; XChaCha20-Poly1305 with sealed keys at rest, "
+             "ssh at its defaults on the way")
 
     @classmethod
     def unavailable(cls, kit: Kit, mode: str) -> str | None:

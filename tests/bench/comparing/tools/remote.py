@@ -30,7 +30,8 @@ def start(kit: Kit, home: Path, program: Path, variables: dict) -> tuple[Sshd, l
         "PidFile none\nUsePAM no\nStrictModes no\nPasswordAuthentication no\nKbdInteractiveAuthentication no\n"
         "PermitRootLogin prohibit-password\nAllowAgentForwarding no\nX11Forwarding no\nPrintMotd no\n")
     (keys / "config").write_text(
-        f"Host {HOST}\n HostName 127.0.0.1\n Port {port}\n User {getpass.getuser()}\n IdentityFile {keys / 'client'}\n IdentitiesOnly yes\n"
+        f"Host {HOST}\n HostName 127.0.0.1\n Port {port}\n User {getpass.getuser()}\n"
+        f" IdentityFile {keys / 'client'}\n IdentitiesOnly yes\n"
         f" UserKnownHostsFile {keys / 'known_hosts'}\n StrictHostKeyChecking yes\n BatchMode yes\n LogLevel ERROR\n")
     usage = home / "server-usage.jsonl"
     wrapper = home / "other-side"
