@@ -16,6 +16,8 @@ from .tools.base import Kit
 
 HERE = Path(__file__).resolve().parent
 CHECKOUT = HERE.parents[2]
+# Where cargo puts what it builds here.
+BUILT = CHECKOUT / os.environ.get("CARGO_TARGET_DIR", "target")
 # Debian's package of each program that is no part of a minimal system.
 PACKAGES = {"socat": "socat", "zstd": "zstd", "restic": "restic", "sshd": "openssh-server", "ssh": "openssh-client",
             "openssl": "openssl", "mkfs.ext4": "e2fsprogs", "cc": "gcc libc6-dev", "tar": "tar"}
@@ -60,7 +62,7 @@ def _compile(kit: Kit, name: str, options: list[str]) -> None:
 
 
 def _own(kit: Kit, strand: Path | None, server: Path | None) -> None:
-    built = CHECKOUT / "target/release"
+    built = BUILT / "release"
     for name, given in (("strand", strand), ("strand-server", server)):
         kit.programs[name] = (given or built / name).resolve()
     if not all(kit.get(name).is_file() for name in ("strand", "strand-server")):
