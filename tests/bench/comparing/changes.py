@@ -16,7 +16,7 @@ BLOCK_BYTES = 4096
 
 def tiny_content(source: random.Random, words: text.Rows) -> bytes:
     length = source.randint(1024, 4096)
-    noise = length * 3 // 4
+    noise = length * 5 // 8
     return source.randbytes(noise) + words.prose(length - noise)
 
 

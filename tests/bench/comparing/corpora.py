@@ -162,7 +162,7 @@ TINY_PER_DIRECTORY = 500
 
 
 def make_tiny(target: Path, place: Place) -> None:
-    """Files of 1–4 KB, three quarters of each random, the rest text: they compress by about a quarter."""
+    """Files of 1–4 KB, five eighths of each random, the rest text: they compress by about a quarter."""
     source = random.Random(f"{SEED} tiny")
     words = text.Rows(source)
     for directory in range(10 if place.quick else 1000):
