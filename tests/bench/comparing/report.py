@@ -40,7 +40,8 @@ def _conditions(results: Results) -> str:
     lines.append("Versions: " + "; ".join(f"{name}: {said}" for name, said in results.versions.items()) + ".")
     if results.notes:
         lines.append("Not measured:\n\n" + "\n".join(f"* {subject}: {reason}" for subject, reason in results.notes.items()))
-    if others := Spread.of(row["others_cpu_s"] / row["wall_s"] for row in results.rows if row.get("wall_s", 0) >= SHARE_FROM_S):
+    long = [row for row in results.rows if "others_cpu_s" in row and row["wall_s"] >= SHARE_FROM_S]
+    if others := Spread.of(row["others_cpu_s"] / row["wall_s"] for row in long):
         lines.append(f"While steps ran (of {SHARE_FROM_S} s and more), the rest of the machine used {others.median:.2f} cores "
                      f"(median), at most {others.most:.2f}. The kernel's writing needs some; far more than {OTHERS_CORES_MAX} means "
                      "neighbours, and figures that should not be trusted.")
