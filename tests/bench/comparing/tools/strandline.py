@@ -38,7 +38,7 @@ class Strandline(Tool):
         self.url = f"strand://{address}/main"
 
     def _strand(self, *words) -> Command:
-        return self.command(self.kit.get("strand"), *words, "-r", self.url, "--json")
+        return self.command(self.kit.get("strand"), *words, "-r", self.url)
 
     def backup(self, source: Path) -> Command:
         return self._strand("backup", source)
