@@ -57,9 +57,10 @@ fn all_sources() -> Vec<Source> {
 }
 
 impl Source {
-    /// Whether the whole file is test code.
+    /// Whether the whole file is test code, or a bench.
     fn is_test_file(&self) -> bool {
-        self.path.starts_with("tests/") || self.path.contains("/tests/") || self.path.ends_with("/tests.rs")
+        let directory = self.path.contains("/tests/") || self.path.contains("/benches/");
+        self.path.starts_with("tests/") || directory || self.path.ends_with("/tests.rs")
     }
 
     /// The text without comments, and without the module of unit tests, which closes a file.
