@@ -448,7 +448,7 @@ impl Shared {
         let number = self.new_number();
         let entries: u64 = run.iter().map(|segment| segment.entries).sum();
         let dropped = self.dropped.read().clone();
-        let merged = Merge::of(run).filter(|entry| !matches!(entry, Ok(entry) if dropped.contains(&entry.copy.pack)));
+        let merged = Merge::of(run)?.filter(|entry| !matches!(entry, Ok(entry) if dropped.contains(&entry.copy.pack)));
         segment::write(&self.directory, number, usize::try_from(entries).unwrap_or(usize::MAX), merged)?;
         let merged = Arc::new(Segment::open(&self.directory, number, Arc::clone(&self.cache))?);
         let gone = |candidate: u64| run.iter().any(|segment| segment.number == candidate);

@@ -1,6 +1,8 @@
 //! Which segments are merged, and how.
 
-use std::iter::Peekable;
+use std::cmp::{Ordering, Reverse};
+use std::collections::BinaryHeap;
+use std::collections::binary_heap::PeekMut;
 use std::sync::Arc;
 
 use super::IndexError;
@@ -27,13 +29,49 @@ pub fn merge_due(sizes: &[u64]) -> Option<usize> {
 /// Entries of several segments (newest first) in order; of one copy's versions only the newest.
 #[derive(Debug)]
 pub struct Merge<'a> {
-    heads: Vec<Peekable<SegmentIter<'a>>>,
+    sources: Vec<SegmentIter<'a>>,
+    /// The next entry of every source that has one. A heap, because a merge that is late may have hundreds of sources.
+    heads: BinaryHeap<Reverse<Head>>,
+    /// What was given last; older versions of it follow directly.
+    last: Option<Entry>,
 }
+
+#[derive(Clone, Copy, Debug)]
+struct Head {
+    entry: Entry,
+    source: usize,
+}
+
+impl Ord for Head {
+    fn cmp(&self, other: &Self) -> Ordering {
+        // Of one copy's versions the newest comes first.
+        self.entry.key().cmp(&other.entry.key()).then(self.source.cmp(&other.source))
+    }
+}
+
+impl PartialOrd for Head {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl PartialEq for Head {
+    fn eq(&self, other: &Self) -> bool {
+        self.cmp(other) == Ordering::Equal
+    }
+}
+
+impl Eq for Head {}
 
 impl<'a> Merge<'a> {
     /// Of `segments`, newest first.
-    pub fn of(segments: &'a [Arc<Segment>]) -> Self {
-        Self { heads: segments.iter().map(|segment| segment.scan().peekable()).collect() }
+    pub fn of(segments: &'a [Arc<Segment>]) -> Result<Self, IndexError> {
+        let mut sources: Vec<SegmentIter<'a>> = segments.iter().map(|segment| segment.scan()).collect();
+        let head = |(source, entries): (usize, &mut SegmentIter<'a>)| {
+            entries.next().map(|entry| Ok(Reverse(Head { entry: entry?, source })))
+        };
+        let heads = sources.iter_mut().enumerate().filter_map(head).collect::<Result<_, IndexError>>()?;
+        Ok(Self { sources, heads, last: None })
     }
 }
 
@@ -41,21 +79,22 @@ impl Iterator for Merge<'_> {
     type Item = Result<Entry, IndexError>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        let mut least: Option<Entry> = None;
-        for head in &mut self.heads {
-            match head.peek() {
-                Some(Err(_)) => return head.next(),
-                Some(Ok(entry)) if least.is_none_or(|other| entry.key() < other.key()) => least = Some(*entry),
-                None | Some(Ok(_)) => {}
+        loop {
+            let mut least = self.heads.peek_mut()?;
+            let Reverse(Head { entry, source }) = *least;
+            match self.sources.get_mut(source).and_then(Iterator::next) {
+                Some(Ok(entry)) => *least = Reverse(Head { entry, source }),
+                Some(Err(error)) => return Some(Err(error)),
+                None => {
+                    PeekMut::pop(least);
+                }
+            }
+            let repeats = self.last.is_some_and(|last| last.key() == entry.key());
+            if !repeats {
+                self.last = Some(entry);
+                return Some(Ok(entry));
             }
         }
-        let winner = least?;
-        for head in &mut self.heads {
-            if matches!(head.peek(), Some(Ok(entry)) if entry.key() == winner.key()) {
-                head.next();
-            }
-        }
-        Some(Ok(winner))
     }
 }
 
