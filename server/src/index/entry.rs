@@ -2,6 +2,7 @@
 //!
 //! `id 32 · pack u32 · offset u32 · (block length u24 | flags u8) u32 · position u16 · domain u16`, little endian.
 
+use bytes::BufMut;
 use strandline_messages::{ChunkId, ChunkKind};
 
 /// Bytes of one encoded entry.
@@ -48,10 +49,19 @@ impl Entry {
         let copy = &self.copy;
         let flags = u32::from(copy.kind == ChunkKind::Tree) * TREE + u32::from(copy.complete) * COMPLETE;
         let mut out = [0; ENTRY_BYTES];
-        let fields = self.id.as_bytes().iter().copied().chain(copy.pack.to_le_bytes());
-        let fields = fields.chain(copy.offset.to_le_bytes()).chain(((copy.bytes << 8) | flags).to_le_bytes());
-        let fields = fields.chain(copy.position.to_le_bytes()).chain(self.domain.to_le_bytes());
-        out.iter_mut().zip(fields).for_each(|(slot, byte)| *slot = byte);
+        let mut rest = out.as_mut_slice();
+        let fields: [&[u8]; 6] = [
+            self.id.as_bytes(),
+            &copy.pack.to_le_bytes(),
+            &copy.offset.to_le_bytes(),
+            &((copy.bytes << 8) | flags).to_le_bytes(),
+            &copy.position.to_le_bytes(),
+            &self.domain.to_le_bytes(),
+        ];
+        for field in fields {
+            // Together they are exactly as long as an entry.
+            rest.put_slice(field);
+        }
         out
     }
 

@@ -4,11 +4,14 @@
 //! The block is chosen by the id's leading bits unmixed, so that a sorted batch of ids walks the filter in order. Ids are
 //! keyed hashes; a writer that forges ids slows down the lookups of its own ids only.
 
+use std::io::{self, Read, Write};
+
 use strandline_messages::ChunkId;
 
 const BITS_PER_KEY: usize = 12;
 const WORDS: usize = 8;
 const BLOCK_BITS: usize = WORDS * 64;
+const BLOCK_BYTES: usize = WORDS * 8;
 
 /// A filter over the ids of one segment.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -36,28 +39,29 @@ impl Filter {
         self.blocks.get(block).is_some_and(|block| block.iter().zip(mask).all(|(word, bit)| word & bit != 0))
     }
 
-    /// Length of [`Filter::encode`], bytes.
+    /// Its length as [`Filter::write`] writes it, bytes.
     pub fn encoded_bytes(&self) -> usize {
-        self.blocks.len() * WORDS * 8
+        self.blocks.len() * BLOCK_BYTES
     }
 
-    /// The words, little endian.
-    pub fn encode(&self) -> Vec<u8> {
-        self.blocks.iter().flatten().flat_map(|word| word.to_le_bytes()).collect()
+    /// Writes the words, little endian; never holds them a second time.
+    pub fn write(&self, out: &mut impl Write) -> io::Result<()> {
+        self.blocks.iter().flatten().try_for_each(|word| out.write_all(&word.to_le_bytes()))
     }
 
-    /// From its words; `None` if the length is not a whole number of blocks.
-    pub fn decode(bytes: &[u8]) -> Option<Self> {
-        let (words, rest) = bytes.as_chunks::<8>();
-        if words.is_empty() || !rest.is_empty() || words.len() % WORDS != 0 {
-            return None;
+    /// Reads a filter of `bytes` bytes; [`io::ErrorKind::InvalidData`] if that is not a whole number of blocks.
+    pub fn read(input: &mut impl Read, bytes: u64) -> io::Result<Self> {
+        let blocks = usize::try_from(bytes / BLOCK_BYTES as u64).unwrap_or(0);
+        if blocks == 0 || !bytes.is_multiple_of(BLOCK_BYTES as u64) {
+            return Err(io::ErrorKind::InvalidData.into());
         }
-        let block = |words: &[[u8; 8]]| {
-            let mut block = [0; WORDS];
-            block.iter_mut().zip(words).for_each(|(word, bytes)| *word = u64::from_le_bytes(*bytes));
-            block
-        };
-        Some(Self { blocks: words.chunks(WORDS).map(block).collect() })
+        let mut filter = Self { blocks: vec![[0; WORDS]; blocks] };
+        for word in filter.blocks.iter_mut().flatten() {
+            let mut bytes = [0; 8];
+            input.read_exact(&mut bytes)?;
+            *word = u64::from_le_bytes(bytes);
+        }
+        Ok(filter)
     }
 
     fn place(&self, id: &ChunkId) -> (usize, [u64; WORDS]) {
@@ -88,11 +92,22 @@ mod tests {
         ChunkId(*blake3::hash(&i.to_le_bytes()).as_bytes())
     }
 
+    fn written(filter: &Filter) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        filter.write(&mut bytes).unwrap();
+        assert_eq!(bytes.len(), filter.encoded_bytes());
+        bytes
+    }
+
+    fn read(bytes: &[u8]) -> io::Result<Filter> {
+        Filter::read(&mut &bytes[..], bytes.len() as u64)
+    }
+
     #[test]
     fn every_id_added_is_found_and_few_others_are() {
         let mut filter = Filter::with_capacity(20_000);
         (0..20_000).for_each(|i| filter.insert(&id(i)));
-        let filter = Filter::decode(&filter.encode()).unwrap();
+        let filter = read(&written(&filter)).unwrap();
         assert!((0..20_000).all(|i| filter.may_contain(&id(i))));
         let wrong = (20_000..120_000).filter(|&i| filter.may_contain(&id(i))).count();
         assert!(wrong < 1500, "{wrong} of 100000 strangers pass");
@@ -100,8 +115,9 @@ mod tests {
 
     #[test]
     fn a_cut_filter_is_refused() {
-        let bytes = Filter::with_capacity(100).encode();
-        assert!(Filter::decode(&bytes[..bytes.len() - 8]).is_none());
-        assert!(Filter::decode(&[]).is_none());
+        let bytes = written(&Filter::with_capacity(100));
+        assert!(read(&bytes[..bytes.len() - 8]).is_err());
+        assert!(read(&[]).is_err());
+        assert!(Filter::read(&mut &bytes[8..], bytes.len() as u64).is_err());
     }
 }

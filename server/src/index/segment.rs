@@ -2,10 +2,10 @@
 //!
 //! ```text
 //! pages     4096 bytes each: 85 entries of 48 bytes (the last page may hold fewer, then zeros) · first 16 bytes of the
-//!           BLAKE3-256 of the 4080 bytes before it
+//!           BLAKE3-256 of the page with zeros in their place (four whole BLAKE3 chunks, which are hashed side by side)
 //! filter    see `filter`
 //! fences    per page the first 8 bytes of its first id
-//! trailer   magic "STRINDXS" · version u16 = 1 · 6 zero bytes · entries u64 · filter length u64 · BLAKE3-256 of filter and
+//! trailer   magic "STRINDXS" · version u16 = 2 · 6 zero bytes · entries u64 · filter length u64 · BLAKE3-256 of filter and
 //!           fences · BLAKE3-256 of the trailer before it
 //! ```
 //! Filter and fences are in memory while the segment is open: 12 bits + 0.75 bit per entry. A lookup reads one page (two when
@@ -13,7 +13,7 @@
 
 use std::cmp::Ordering;
 use std::fs::File;
-use std::io::{BufWriter, Write};
+use std::io::{self, BufReader, BufWriter, ErrorKind, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -33,20 +33,21 @@ pub const PAGE_BYTES: usize = 4096;
 pub const PAGE_ENTRIES: usize = 85;
 const PAGE_BODY_BYTES: usize = PAGE_ENTRIES * ENTRY_BYTES;
 const CHECK_BYTES: usize = PAGE_BYTES - PAGE_BODY_BYTES;
+const BUFFER_BYTES: usize = 1 << 20;
 const MAGIC: [u8; 8] = *b"STRINDXS";
-const VERSION: u16 = 1;
+const VERSION: u16 = 2;
 const TRAILER_BYTES: usize = 8 + 2 + 6 + 8 + 8 + 32 + 32;
 
 /// The entries of one page.
 #[derive(Debug)]
 pub struct Page {
-    bytes: [u8; PAGE_BODY_BYTES],
+    bytes: [u8; PAGE_BYTES],
     count: usize,
 }
 
 impl Default for Page {
     fn default() -> Self {
-        Self { bytes: [0; PAGE_BODY_BYTES], count: 0 }
+        Self { bytes: [0; PAGE_BYTES], count: 0 }
     }
 }
 
@@ -92,20 +93,26 @@ impl Segment {
             decode_trailer(&trailer).ok_or_else(|| IndexError::damaged(&path, "a segment's trailer"))?;
         let pages = entries.div_ceil(PAGE_ENTRIES as u64);
         let tables_at = pages.saturating_mul(PAGE_BYTES as u64);
-        let fences_bytes = pages.saturating_mul(8);
-        let expected = tables_at.saturating_add(fences_bytes).saturating_add(filter_bytes);
-        let (true, Ok(length)) = (expected == trailer_at, usize::try_from(trailer_at.saturating_sub(tables_at))) else {
+        let tables_bytes = pages.saturating_mul(8).saturating_add(filter_bytes);
+        let expected = tables_at.saturating_add(tables_bytes);
+        if expected != trailer_at {
             return Err(IndexError::damaged(&path, "a segment's lengths"));
-        };
-        let mut tables = vec![0; length];
-        file.read_exact_at(&mut tables, tables_at).map_err(failed)?;
-        if blake3::hash(&tables).as_bytes() != &digest {
+        }
+        (&file).seek(SeekFrom::Start(tables_at)).map_err(failed)?;
+        let mut tables = BufReader::with_capacity(BUFFER_BYTES, Hashing::of((&file).take(tables_bytes)));
+        let filter = Filter::read(&mut tables, filter_bytes).map_err(|error| match error.kind() {
+            ErrorKind::InvalidData => IndexError::damaged(&path, "a segment's filter"),
+            _ => failed(error),
+        })?;
+        let mut fences = vec![0; usize::try_from(pages).unwrap_or(0)];
+        for fence in &mut fences {
+            let mut bytes = [0; 8];
+            tables.read_exact(&mut bytes).map_err(failed)?;
+            *fence = u64::from_be_bytes(bytes);
+        }
+        if tables.into_inner().hasher.finalize().as_bytes() != &digest {
             return Err(IndexError::damaged(&path, "a segment's filter"));
         }
-        let split = usize::try_from(filter_bytes).unwrap_or(usize::MAX);
-        let (filter, fences) = tables.split_at_checked(split).unwrap_or_default();
-        let filter = Filter::decode(filter).ok_or_else(|| IndexError::damaged(&path, "a segment's filter"))?;
-        let fences = fences.as_chunks::<8>().0.iter().map(|bytes| u64::from_be_bytes(*bytes)).collect();
         let owner = cache.new_owner();
         Ok(Self { file, path, number, entries, filter, fences, owner, cache })
     }
@@ -130,16 +137,16 @@ impl Segment {
     }
 
     fn read_page(&self, number: u32) -> Result<Arc<Page>, IndexError> {
-        let mut bytes = [0; PAGE_BYTES];
-        let offset = u64::from(number) * PAGE_BYTES as u64;
-        self.file.read_exact_at(&mut bytes, offset).map_err(IndexError::io("read", &self.path))?;
-        let (body, check) = bytes.split_first_chunk::<PAGE_BODY_BYTES>().unwrap_or((&[0; PAGE_BODY_BYTES], &[]));
-        if !blake3::hash(body).as_bytes().starts_with(check) || check.len() != CHECK_BYTES {
-            return Err(IndexError::damaged(&self.path, "a page's digest"));
-        }
         let before = u64::from(number) * PAGE_ENTRIES as u64;
         let count = usize::try_from(self.entries.saturating_sub(before)).unwrap_or(PAGE_ENTRIES).min(PAGE_ENTRIES);
-        Ok(Arc::new(Page { bytes: *body, count }))
+        let mut page = Page { bytes: [0; PAGE_BYTES], count };
+        let offset = u64::from(number) * PAGE_BYTES as u64;
+        self.file.read_exact_at(&mut page.bytes, offset).map_err(IndexError::io("read", &self.path))?;
+        let stored = page.bytes.last_chunk_mut().map(std::mem::take);
+        if stored != Some(check(&page.bytes)) {
+            return Err(IndexError::damaged(&self.path, "a page's digest"));
+        }
+        Ok(Arc::new(page))
     }
 
     fn cached_page(&self, number: u32) -> Result<Arc<Page>, IndexError> {
@@ -246,7 +253,7 @@ pub fn write(
     let path = path(directory, number);
     let failed = || IndexError::io("write", &path);
     let file = tempfile::Builder::new().prefix(TEMPORARY_PREFIX).tempfile_in(directory).map_err(failed())?;
-    let mut out = BufWriter::with_capacity(1 << 20, file);
+    let mut out = BufWriter::with_capacity(BUFFER_BYTES, file);
     let mut filter = Filter::with_capacity(entries_max);
     let mut fences: Vec<u8> = Vec::with_capacity(entries_max.div_ceil(PAGE_ENTRIES) * 8);
     let mut body: Vec<u8> = Vec::with_capacity(PAGE_BODY_BYTES);
@@ -266,24 +273,64 @@ pub fn write(
     if !body.is_empty() {
         write_page(&mut out, &mut body).map_err(failed())?;
     }
-    let mut tables = filter.encode();
-    let filter_bytes = tables.len() as u64;
-    tables.append(&mut fences);
-    out.write_all(&tables).map_err(failed())?;
-    out.write_all(&encode_trailer(count, filter_bytes, blake3::hash(&tables).as_bytes())).map_err(failed())?;
+    let mut tables = BufWriter::with_capacity(BUFFER_BYTES, Hashing::of(&mut out));
+    filter.write(&mut tables).and_then(|()| tables.write_all(&fences)).map_err(failed())?;
+    let hashed = tables.into_inner().map_err(|error| failed()(error.into_error()))?;
+    let digest = hashed.hasher.finalize();
+    let trailer = encode_trailer(count, filter.encoded_bytes() as u64, digest.as_bytes());
+    out.write_all(&trailer).map_err(failed())?;
     let file = out.into_inner().map_err(|error| IndexError::io("write", &path)(error.into_error()))?;
     file.as_file().sync_all().map_err(failed())?;
     file.persist(&path).map_err(|error| IndexError::io("write", &path)(error.error))?;
     Ok(())
 }
 
-fn write_page(out: &mut impl Write, body: &mut Vec<u8>) -> std::io::Result<()> {
-    body.resize(PAGE_BODY_BYTES, 0);
-    let digest = blake3::hash(body);
+fn write_page(out: &mut impl Write, body: &mut Vec<u8>) -> io::Result<()> {
+    body.resize(PAGE_BYTES, 0);
+    let check = check(body);
+    body.truncate(PAGE_BODY_BYTES);
     out.write_all(body)?;
-    out.write_all(digest.as_bytes().get(..CHECK_BYTES).unwrap_or_default())?;
+    out.write_all(&check)?;
     body.clear();
     Ok(())
+}
+
+/// What a page ends with; `page` has zeros there.
+fn check(page: &[u8]) -> [u8; CHECK_BYTES] {
+    blake3::hash(page).as_bytes().first_chunk().copied().unwrap_or_default()
+}
+
+/// Hashes what passes, on its way to or from `inner`.
+#[derive(Debug)]
+struct Hashing<T> {
+    inner: T,
+    hasher: blake3::Hasher,
+}
+
+impl<T> Hashing<T> {
+    fn of(inner: T) -> Self {
+        Self { inner, hasher: blake3::Hasher::new() }
+    }
+}
+
+impl<T: Read> Read for Hashing<T> {
+    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+        let count = self.inner.read(bytes)?;
+        self.hasher.update(bytes.get(..count).unwrap_or_default());
+        Ok(count)
+    }
+}
+
+impl<T: Write> Write for Hashing<T> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.inner.write_all(bytes)?;
+        self.hasher.update(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.inner.flush()
+    }
 }
 
 fn encode_trailer(entries: u64, filter_bytes: u64, digest: &[u8; 32]) -> Vec<u8> {
