@@ -242,7 +242,9 @@ mod tests {
 
         fn seal(&mut self, kind: ChunkKind, rows: &[ChunkRow], chunks: &[&[u8]]) -> Vec<u8> {
             let mut body = Body::default();
-            chunks.iter().for_each(|chunk| body.push(chunk));
+            for chunk in chunks {
+                body.push(chunk);
+            }
             let mut out = Vec::new();
             self.sealer.seal(kind, rows, &mut body, &mut out).unwrap();
             out

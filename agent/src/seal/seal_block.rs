@@ -244,7 +244,9 @@ mod tests {
 
     fn body(chunks: &[&[u8]]) -> Body {
         let mut body = Body::default();
-        chunks.iter().for_each(|chunk| body.push(chunk));
+        for chunk in chunks {
+            body.push(chunk);
+        }
         body
     }
 

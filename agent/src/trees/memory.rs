@@ -85,7 +85,9 @@ impl MemoryRepository {
         }
         let (rows, chunks): (Vec<_>, Vec<_>) = pending.into_iter().unzip();
         let mut body = Body::default();
-        chunks.iter().for_each(|chunk| body.push(chunk));
+        for chunk in &chunks {
+            body.push(chunk);
+        }
         let mut out = Vec::new();
         self.sealer.seal(kind, &rows, &mut body, &mut out).unwrap();
         for row in rows {
