@@ -34,7 +34,7 @@ const DRAIN_MAX: Duration = Duration::from_secs(7);
 const CLOSE_MAX: Duration = Duration::from_secs(2);
 
 /// First credit of a restore session, bytes: more than one maximal block. Opened blocks are several times as large.
-pub const CREDIT_BYTES: u64 = 24 << 20;
+pub const CREDIT_BYTES: u64 = 16 << 20;
 
 /// Limits of the sessions of one server.
 #[derive(Clone, Debug)]

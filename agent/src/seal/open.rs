@@ -24,6 +24,10 @@ const DATA_KEYS_MAX: usize = 64;
 /// Idle decompression contexts kept: one per thread that opens blocks.
 const DECOMPRESSORS_MAX: usize = 16;
 
+/// Emptied buffers of data blocks kept, so that their memory is neither returned to the system nor scattered. Blocks of trees
+/// are small and stay in caches that count their bytes: they get buffers of their own.
+const BUFFERS_MAX: usize = 8;
+
 /// Opens blocks of one repository. Shared by threads; clones share the caches.
 #[derive(Clone)]
 pub struct Opener {
@@ -35,6 +39,23 @@ struct Shared {
     /// Most recently used last; at most [`DATA_KEYS_MAX`].
     data_keys: Mutex<VecDeque<DataKey>>,
     decompressors: Mutex<Vec<Decompressor<'static>>>,
+    /// At most [`BUFFERS_MAX`].
+    buffers: Mutex<Vec<Vec<u8>>>,
+}
+
+impl Shared {
+    fn buffer(&self, kind: ChunkKind) -> Vec<u8> {
+        let kept = if kind == ChunkKind::Data { self.buffers.lock().pop() } else { None };
+        kept.unwrap_or_default()
+    }
+
+    fn put_back(&self, kind: ChunkKind, mut buffer: Vec<u8>) {
+        let mut buffers = self.buffers.lock();
+        if kind == ChunkKind::Data && buffers.len() < BUFFERS_MAX {
+            buffer.clear();
+            buffers.push(buffer);
+        }
+    }
 }
 
 impl Opener {
@@ -44,6 +65,7 @@ impl Opener {
             keyset: keyset.clone(),
             data_keys: Mutex::new(VecDeque::new()),
             decompressors: Mutex::new(Vec::new()),
+            buffers: Mutex::new(Vec::new()),
         };
         Self { shared: Arc::new(shared) }
     }
@@ -63,7 +85,8 @@ impl Opener {
             return Err(OpenError::Commitment { what: "block" });
         }
         let cipher = derived.cipher().ok_or(OpenError::Unwrap { what: "block" })?;
-        let mut body = view.body().to_vec();
+        let mut body = self.shared.buffer(header.kind);
+        body.extend_from_slice(view.body());
         let plain = cipher
             .open_in_place(zero_nonce(), Aad::from(view.aad()), &mut body)
             .map_err(|_| OpenError::Tag { what: "block" })?
@@ -71,14 +94,19 @@ impl Opener {
         body.truncate(plain);
         let plaintext = match header.codec {
             Codec::Stored => body,
-            Codec::Zstd => self.decompress(&body, digest)?,
+            Codec::Zstd => {
+                let plaintext = self.decompress(&body, digest, header.kind)?;
+                self.shared.put_back(header.kind, body);
+                plaintext
+            }
         };
         let mut rows = Vec::with_capacity(header.chunks as usize);
         for row in view.rows() {
             rows.push(row?);
         }
         let ranges = chunk_ranges(&plaintext, rows.len())?;
-        Ok(OpenedBlock { keyset: keyset.clone(), kind: header.kind, digest, rows, plaintext, ranges, lease: None })
+        let shared = Arc::clone(&self.shared);
+        Ok(OpenedBlock { shared, kind: header.kind, digest, rows, plaintext, ranges, lease: None })
     }
 
     fn data_key(&self, algorithm: u8, wrapped: &[u8]) -> Result<DataKey, OpenError> {
@@ -100,7 +128,7 @@ impl Opener {
     }
 
     /// Never allocates more than the limit, whatever the frame says or does.
-    fn decompress(&self, body: &[u8], block: BlockDigest) -> Result<Vec<u8>, OpenError> {
+    fn decompress(&self, body: &[u8], block: BlockDigest, kind: ChunkKind) -> Result<Vec<u8>, OpenError> {
         let refused = || OpenError::Decompress { block, max: PLAINTEXT_BYTES_MAX };
         let stated = zstd::zstd_safe::get_frame_content_size(body).map_err(|_| refused())?;
         let capacity = match stated.map(usize::try_from) {
@@ -113,7 +141,13 @@ impl Opener {
             Some(decompressor) => decompressor,
             None => Decompressor::new().map_err(|_| refused())?,
         };
-        let plaintext = decompressor.decompress(body, capacity).map_err(|_| refused())?;
+        let mut plaintext = self.shared.buffer(kind);
+        plaintext.reserve(capacity);
+        // The buffer may be larger than what the frame says it needs.
+        let written = decompressor.decompress_to_buffer(body, &mut plaintext).map_err(|_| refused())?;
+        if written > capacity {
+            return Err(refused());
+        }
         let mut kept = self.shared.decompressors.lock();
         if kept.len() < DECOMPRESSORS_MAX {
             kept.push(decompressor);
@@ -138,7 +172,7 @@ fn chunk_ranges(plaintext: &[u8], chunks: usize) -> Result<Vec<Range<usize>>, Op
 
 /// A block's decrypted chunks.
 pub struct OpenedBlock {
-    keyset: Keyset,
+    shared: Arc<Shared>,
     kind: ChunkKind,
     digest: BlockDigest,
     rows: Vec<ChunkRow>,
@@ -161,6 +195,12 @@ pub struct OpenedChunk<'a> {
 impl std::fmt::Debug for OpenedBlock {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "OpenedBlock({}, {} chunks)", self.digest, self.rows.len())
+    }
+}
+
+impl Drop for OpenedBlock {
+    fn drop(&mut self) {
+        self.shared.put_back(self.kind, std::mem::take(&mut self.plaintext));
     }
 }
 
@@ -197,7 +237,7 @@ impl OpenedBlock {
         let row = self.rows.get(index).ok_or_else(missing)?;
         let range = self.ranges.get(index).ok_or_else(missing)?;
         let bytes = self.plaintext.get(range.clone()).ok_or_else(missing)?;
-        if self.keyset.chunk_id(self.kind, bytes, &row.references) != row.id {
+        if self.shared.keyset.chunk_id(self.kind, bytes, &row.references) != row.id {
             return Err(OpenError::WrongChunk { block: self.digest, chunk: row.id });
         }
         Ok(OpenedChunk { id: row.id, bytes, references: &row.references })

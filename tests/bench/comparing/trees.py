@@ -1,9 +1,9 @@
 """Whether two trees are the same: names, types, contents, modes, modification times, targets of symbolic links."""
 
 import hashlib
-import multiprocessing
 import os
 import stat
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,9 +32,11 @@ def fingerprint(root: Path) -> dict[str, Entry]:
             if entry.is_dir(follow_symlinks=False):
                 pending.append(path)
     regular = [path for path, status in found.items() if stat.S_ISREG(status.st_mode)]
-    with multiprocessing.Pool() as pool:
-        absolute = (os.path.join(root, path) for path in regular)
-        contents = dict(zip(regular, pool.imap(_digest, absolute, chunksize=FILES_PER_JOB), strict=True))
+    # Threads: reading and hashing happen outside of the interpreter, and a pool of processes may wait for ever at its end.
+    jobs = [regular[at:at + FILES_PER_JOB] for at in range(0, len(regular), FILES_PER_JOB)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        digests = pool.map(lambda job: [_digest(os.path.join(root, path)) for path in job], jobs)
+        contents = dict(zip(regular, (digest for job in digests for digest in job), strict=True))
     return {path: _entry(os.path.join(root, path), status, contents.get(path, "")) for path, status in found.items()}
 
 
