@@ -109,23 +109,29 @@ impl Dispatcher {
         self.started && !self.abandoned && self.window.blocks() > 0
     }
 
-    /// Connects what is due and fills every live stream that has room.
+    /// Connects what is due and deals out what waits.
     fn pump(&mut self, ctx: &mut Context<Self>) {
         if self.has_work() {
             self.pool.wake(&ctx.address().recipient(), clock::now());
-            for index in self.pool.live() {
-                self.fill(index);
-            }
+            self.deal();
         }
         self.finish_when_drained();
     }
 
-    fn fill(&mut self, index: StreamIndex) {
-        while self.pool.has_room(index)
+    /// Gives each block to the stream that carries the fewest, of those that have room. A socket takes more than its
+    /// connection has carried: streams that are asked in turn would hold the whole window between a few of them.
+    fn deal(&mut self) {
+        while self.window.has_next()
+            && let Some(index) = self.least_laden()
             && let Some((sequence, block)) = self.window.next_for(index)
         {
             self.pool.send(index, SendBlock(BlockFrame { sequence, block }));
         }
+    }
+
+    fn least_laden(&self) -> Option<StreamIndex> {
+        let with_room = self.pool.live().into_iter().filter(|index| self.pool.has_room(*index));
+        with_room.min_by_key(|index| self.window.in_flight(*index))
     }
 
     fn acknowledge(&mut self, ack: &Ack) {
@@ -162,7 +168,7 @@ impl Dispatcher {
     fn react(&mut self, reaction: Reaction, ctx: &mut Context<Self>) {
         match reaction {
             Reaction::Nothing => {}
-            Reaction::Ready(index) => self.fill(index),
+            Reaction::Ready(_) => self.deal(),
             Reaction::Lost(index, reason) => {
                 let orphans = self.window.stream_lost(index);
                 debug!(stream = index.0, orphans, reason, "stream lost; its blocks go to the others");
