@@ -160,6 +160,20 @@ impl Process {
         first_address(&line).with_context(|| format!("no address in `{line}`"))
     }
 
+    /// Waits until `holds` says yes; an error if the program ends before that, or `patience` does.
+    pub fn wait_until(&mut self, patience: Duration, mut holds: impl FnMut() -> Result<bool>) -> Result<()> {
+        let end = clock::now() + patience;
+        while !holds()? {
+            anyhow::ensure!(
+                self.is_running() && clock::now() < end,
+                "what was waited for never came; it said:\n{}",
+                self.output()
+            );
+            thread::yield_now();
+        }
+        Ok(())
+    }
+
     /// Waits until the program ends and all its output is read; `None` if that takes longer than `patience`.
     pub fn wait(&mut self, patience: Duration) -> Result<Option<ExitStatus>> {
         let end = clock::now() + patience;

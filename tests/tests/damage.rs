@@ -167,30 +167,30 @@ fn s38_files_that_vanish_or_turn_into_links_are_told_and_everything_else_is_save
     let rig = Rig::proxied()?;
     let writer = rig.owner("writer")?;
     let source = rig.scratch().join("source");
-    random_files(&source, 38, 40, 512 << 10)?;
+    random_files(&source, 38, 90, 512 << 10)?;
     fs::create_dir(source.join("secret"))?;
     fs::write(source.join("secret/file"), "not to be read through a link")?;
-    let backup = writer.start_backup(&source, &["--limit-upload", "4M", "--window", "6M", "-v"])?;
+    let backup = writer.start_backup(&source, &["--limit-upload", "8M", "--window", "6M", "-v"])?;
     // Long before the end of the list; the window holds the readers back.
     let start = rig.proxy()?.carried_bytes(strandline_tests::proxy::Direction::ToServer);
     rig.proxy()?.wait_for_bytes(strandline_tests::proxy::Direction::ToServer, start + (1 << 20), PATIENCE)?;
-    fs::remove_file(source.join("file-0038"))?;
-    fs::remove_file(source.join("file-0039"))?;
-    std::os::unix::fs::symlink(source.join("secret/file"), source.join("file-0039"))?;
+    fs::remove_file(source.join("file-0088"))?;
+    fs::remove_file(source.join("file-0089"))?;
+    std::os::unix::fs::symlink(source.join("secret/file"), source.join("file-0089"))?;
     let mut backup: Process = backup;
     let status = backup.wait(PATIENCE)?.context("no end")?;
     let said = backup.output();
     ensure!(status.code() == Some(3), "{status}: {said}");
-    ensure_tells_of(&said, &["file-0038", "file-0039"])?;
+    ensure_tells_of(&said, &["file-0088", "file-0089"])?;
     let target = rig.scratch().join("restored");
     writer.run(&["restore", "latest", "--target", target.to_str().context("not text")?])?.expect_code(0)?;
     let restored = target.join(source.strip_prefix("/")?);
-    for n in 0..38 {
+    for n in 0..88 {
         let name = format!("file-{n:04}");
         ensure!(fs::read(source.join(&name))? == fs::read(restored.join(&name))?, "{name}");
     }
     ensure!(fs::read(restored.join("secret/file"))? == b"not to be read through a link");
-    ensure!(!restored.join("file-0038").exists());
+    ensure!(!restored.join("file-0088").exists());
     rig.ensure_no_panic()
 }
 

@@ -4,14 +4,12 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use data_encoding::{BASE32_NOPAD, HEXLOWER, HEXLOWER_PERMISSIVE};
 use hpke::kem::X25519HkdfSha256;
 use hpke::{Deserializable, Kem, Serializable};
 use serde_json::Value;
-use strandline_actors::runtime::clock;
 use strandline_agent::keys::{Keyset, SlotSecret, load_key_file, open_slot, unlock};
 use strandline_agent::seal::{OpenError, Opener};
 use strandline_messages::format::block::{BLOCK_MAGIC, BlockHeaderV1};
@@ -169,16 +167,12 @@ fn a_new_passphrase_replaces_the_old_one_and_a_kill_in_between_leaves_at_least_o
     };
     let before = names()?;
     let mut running = Process::spawn(&mut change(&words[1], &words[2])?)?;
-    let deadline = clock::now() + Duration::from_secs(20);
-    loop {
+    running.wait_until(PATIENCE, || {
         let now = names()?;
-        if !now.is_subset(&before) {
-            break;
-        }
-        ensure!(now == before, "the old slot went before the new one came");
-        ensure!(running.is_running() && clock::now() < deadline, "no new slot: {}", running.output());
-        std::thread::yield_now();
-    }
+        let is_there = !now.is_subset(&before);
+        ensure!(is_there || now == before, "the old slot went before the new one came");
+        Ok(is_there)
+    })?;
     running.kill();
     let now = names()?;
     agent.run(&["snapshots", "--password-file", &words[2]])?.expect_code(0)?;
@@ -442,17 +436,12 @@ fn a_running_backup_leaves_no_core_dump() -> Result<()> {
     random_files(&source, 5, 20, 100_000)?;
     let mut backup = local.agent.start_backup(&source, &["--limit-upload", "64K"])?;
     let limits = PathBuf::from(format!("/proc/{}/limits", backup.id()));
-    let deadline = clock::now() + Duration::from_secs(20);
     let is_zero = |limits: &str| {
         let line = limits.lines().find(|line| line.starts_with("Max core file size"));
         line.is_some_and(|line| line.split_whitespace().filter(|word| *word == "0").count() == 2)
     };
     // The program has to reach its first line.
-    while !fs::read_to_string(&limits).is_ok_and(|text| is_zero(&text)) {
-        ensure!(clock::now() < deadline, "{:?}", fs::read_to_string(&limits));
-        ensure!(backup.is_running(), "{}", backup.output());
-        std::thread::yield_now();
-    }
+    backup.wait_until(PATIENCE, || Ok(fs::read_to_string(&limits).is_ok_and(|text| is_zero(&text))))?;
     backup.kill();
     Ok(())
 }
