@@ -20,6 +20,15 @@ const BLOCKS_AHEAD: usize = 2;
 /// Where each wanted chunk is.
 type Located = Vec<(ChunkId, Option<BlockPlace>)>;
 
+/// What a stream carries.
+#[derive(Clone, Copy, Default)]
+struct Lane {
+    /// Blocks given to it and not yet written.
+    ahead: usize,
+    /// When it was last given one, counted in blocks.
+    turn: u64,
+}
+
 /// See the module. Bounded by the credit: nothing is read that the agent has not made room for.
 pub struct Fetching {
     /// Requests that are being located, or wait for an earlier one that is. The agent uses what it asked for in this order:
@@ -28,7 +37,8 @@ pub struct Fetching {
     queue: FetchQueue,
     reading: usize,
     ready: VecDeque<(Errand, Bytes)>,
-    ahead: BTreeMap<StreamIndex, usize>,
+    lanes: BTreeMap<StreamIndex, Lane>,
+    turn: u64,
     waiting: HashMap<u32, oneshot::Sender<Message>>,
 }
 
@@ -40,7 +50,8 @@ impl Fetching {
             queue: FetchQueue::new(credit),
             reading: 0,
             ready: VecDeque::new(),
-            ahead: BTreeMap::new(),
+            lanes: BTreeMap::new(),
+            turn: 0,
             waiting: HashMap::new(),
         }
     }
@@ -108,15 +119,16 @@ impl Fetching {
         }
     }
 
-    /// The next block to send and the stream with the most room for it.
+    /// The next block to send and the stream with the most room for it. Of several, whose turn it is: sockets take more than
+    /// their connections have carried, so that streams with long queues look as empty as idle ones.
     pub fn next_send(&mut self) -> Option<(StreamIndex, SendBlock)> {
-        let (index, ahead) = self.ahead.iter_mut().min_by_key(|(_, ahead)| **ahead)?;
-        if *ahead >= BLOCKS_AHEAD {
+        let (&index, lane) = self.lanes.iter_mut().min_by_key(|(_, lane)| (lane.ahead, lane.turn))?;
+        if lane.ahead >= BLOCKS_AHEAD {
             return None;
         }
         let (errand, block) = self.ready.pop_front()?;
-        *ahead += 1;
-        let index = *index;
+        self.turn += 1;
+        *lane = Lane { ahead: lane.ahead + 1, turn: self.turn };
         let sequence = Sequence(u64::from(errand.request) << 32 | u64::from(errand.ordinal));
         let done = self.queue.handed(&errand);
         self.tell(done);
@@ -125,19 +137,19 @@ impl Fetching {
 
     /// A stream has written a block.
     pub fn written(&mut self, index: StreamIndex, _: Sequence) {
-        if let Some(ahead) = self.ahead.get_mut(&index) {
-            *ahead = ahead.saturating_sub(1);
+        if let Some(lane) = self.lanes.get_mut(&index) {
+            lane.ahead = lane.ahead.saturating_sub(1);
         }
     }
 
     /// A stream may be sent blocks.
     pub fn stream_joined(&mut self, index: StreamIndex) {
-        self.ahead.insert(index, 0);
+        self.lanes.insert(index, Lane::default());
     }
 
     /// A stream is gone; the agent asks again for what it did not get.
     pub fn stream_gone(&mut self, index: StreamIndex) {
-        self.ahead.remove(&index);
+        self.lanes.remove(&index);
     }
 
     fn tell(&mut self, done: Option<FetchDone>) {
@@ -172,6 +184,27 @@ mod tests {
         assert_eq!(fetching.next_read().map(|errand| errand.request), Some(1));
         fetching.grant(1 << 20);
         assert_eq!(fetching.next_read().map(|errand| errand.request), Some(2));
+    }
+
+    #[test]
+    fn streams_that_seem_equally_free_take_turns() {
+        let mut fetching = Fetching::new(100 << 20);
+        for index in 0..3 {
+            fetching.stream_joined(StreamIndex(index));
+        }
+        fetching.ask(1, oneshot::channel().0);
+        let places = (0..9u32).flat_map(|i| wanted(i << 20));
+        fetching.located(1, places.collect());
+        let mut given = Vec::new();
+        for _ in 0..9 {
+            let errand = fetching.next_read().unwrap();
+            fetching.read_ended(errand, Ok(Bytes::from_static(b"block")));
+            let (index, SendBlock(frame)) = fetching.next_send().unwrap();
+            // Their sockets take every block at once.
+            fetching.written(index, frame.sequence);
+            given.push(index.0);
+        }
+        assert_eq!(given, [0, 1, 2, 0, 1, 2, 0, 1, 2]);
     }
 
     #[test]
