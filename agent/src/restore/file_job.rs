@@ -1,13 +1,13 @@
 //! One regular file being restored: where its bytes go, when it is complete, what happens then.
 
-use std::io;
+use std::io::{self, IoSlice};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use parking_lot::Mutex;
 use rustix::fs::{AtFlags, Mode, OFlags, RenameFlags, Timespec, Timestamps, UTIME_OMIT};
-use rustix::io::Errno;
+use rustix::io::{Errno, ReadWriteFlags};
 
 use super::attributes::{Attributes, Meta};
 use super::directories::Directory;
@@ -19,6 +19,8 @@ use super::{Action, Overwrite, Restorer};
 
 /// Unit in which runs of zeros are looked for, bytes: what most file systems allocate at least.
 const ZERO_BLOCK: u64 = 4096;
+/// Shorter writes go through the page cache: a disk takes few large writes better than many small ones, bytes.
+const UNCACHED_FROM_BYTES: usize = 128 << 10;
 /// The modification time, seconds since 1970, of a file that is about to be changed in place.
 const UNFINISHED: i64 = 1;
 
@@ -33,6 +35,8 @@ pub(super) struct FileJob {
     /// The planner, and pieces not yet written.
     pending: AtomicUsize,
     state: Mutex<State>,
+    /// Held while bytes are written: the kernel lets only one writer into a file, and has the others spin.
+    writing: Mutex<()>,
 }
 
 /// Where the bytes go.
@@ -70,6 +74,7 @@ impl FileJob {
             place: existing.map_or_else(|| Place::Temporary(restorer.temporary_name()), Place::Existing),
             pending: AtomicUsize::new(1),
             state: Mutex::default(),
+            writing: Mutex::default(),
         })
     }
 
@@ -129,6 +134,7 @@ impl FileJob {
 
     /// Writes bytes of the content stream.
     pub(super) fn write(&self, restorer: &Restorer, handle: &OwnedFd, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        let _alone = self.writing.lock();
         let mut rest = bytes;
         for (place, length) in self.layout.parts(offset, bytes.len() as u64) {
             let length = usize::try_from(length).unwrap_or(usize::MAX).min(rest.len());
@@ -136,7 +142,7 @@ impl FileJob {
             if restorer.options.sparse && !self.is_in_place() {
                 write_without_zeros(handle, part, place)?;
             } else {
-                write_at(handle, part, place)?;
+                write_all_at(handle, part, place)?;
             }
             rest = after;
         }
@@ -245,15 +251,21 @@ pub(super) fn put_in_place(
     Ok(rustix::fs::renameat(&*handle, temporary, &*handle, name)?)
 }
 
-fn write_at(handle: &OwnedFd, mut bytes: &[u8], mut offset: u64) -> io::Result<()> {
+/// Long writes go to the disk at once and leave nothing in the page cache, where kernel and file system can
+/// (`RWF_DONTCACHE`, Linux 6.14): a restore that fills the memory of a machine would push out what its programs use.
+fn write_all_at(handle: &OwnedFd, mut bytes: &[u8], mut offset: u64) -> io::Result<()> {
+    const DONTCACHE: ReadWriteFlags = ReadWriteFlags::from_bits_retain(0x80);
+    let mut flags = if bytes.len() >= UNCACHED_FROM_BYTES { DONTCACHE } else { ReadWriteFlags::empty() };
     while !bytes.is_empty() {
-        match rustix::io::pwrite(handle, bytes, offset) {
+        match rustix::io::pwritev2(handle, &[IoSlice::new(bytes)], offset, flags) {
             Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
             Ok(written) => {
                 bytes = bytes.get(written..).unwrap_or_default();
                 offset += written as u64;
             }
             Err(Errno::INTR) => {}
+            // A kernel or file system that does not know the flag; any other error comes again.
+            Err(_) if !flags.is_empty() => flags = ReadWriteFlags::empty(),
             Err(error) => return Err(error.into()),
         }
     }
@@ -273,9 +285,9 @@ fn write_without_zeros(handle: &OwnedFd, mut bytes: &[u8], mut offset: u64) -> i
             continue;
         }
         let (run, after) = whole.split_at(pending);
-        write_at(handle, run, start)?;
+        write_all_at(handle, run, start)?;
         whole = after.get(block.len()..).unwrap_or_default();
         (pending, start) = (0, offset);
     }
-    write_at(handle, whole.get(..pending).unwrap_or_default(), start)
+    write_all_at(handle, whole.get(..pending).unwrap_or_default(), start)
 }

@@ -1,6 +1,7 @@
 //! A window: the chunks of one fetch, and where in which files they go. Writer threads empty it together.
 
 use std::collections::HashMap;
+use std::ops::RangeInclusive;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -74,8 +75,54 @@ pub(super) struct Window {
     writers: AtomicUsize,
 }
 
-/// The file written last, kept open because neighbours in a block are mostly neighbours in a file.
-type Current = Option<(Arc<FileJob>, OwnedFd)>;
+/// Chunks that are neighbours in a block and in a file: they are written at once, and then released.
+struct Run {
+    file: Arc<FileJob>,
+    /// `None` if the file cannot be opened or has failed.
+    handle: Option<OwnedFd>,
+    /// Where in the file's content stream.
+    offset: u64,
+    chunks: RangeInclusive<usize>,
+    bytes: u64,
+}
+
+impl Run {
+    /// The run that has this chunk: `run` made longer, or a new one after `run` has been written.
+    fn after(run: Option<Self>, restorer: &Restorer, block: &OpenedBlock, target: Target, chunk: usize) -> Self {
+        let Target { file, offset, bytes } = target;
+        let bytes = u64::from(bytes);
+        let mut handle = None;
+        if let Some(mut run) = run {
+            let is_same = Arc::ptr_eq(&run.file, &file);
+            if is_same && offset == run.offset + run.bytes && chunk == run.chunks.end() + 1 {
+                run.chunks = *run.chunks.start()..=chunk;
+                run.bytes += bytes;
+                return run;
+            }
+            run.write(restorer, block);
+            handle = run.handle.filter(|_| is_same);
+        }
+        let handle = handle.or_else(|| {
+            if file.has_failed() {
+                return None;
+            }
+            file.open(restorer).map_err(|error| file.fail(format!("it cannot be written: {error}"))).ok()
+        });
+        Self { file, handle, offset, chunks: chunk..=chunk, bytes }
+    }
+
+    fn write(&self, restorer: &Restorer, block: &OpenedBlock) {
+        if let Some(handle) = &self.handle
+            && !self.file.has_failed()
+            && let Err(error) = self.file.write(restorer, handle, self.offset, block.span(self.chunks.clone()))
+        {
+            self.file.fail(format!("it cannot be written: {error}"));
+        }
+        for _ in self.chunks.clone() {
+            self.file.release(restorer, self.handle.as_ref());
+        }
+    }
+}
 
 impl Window {
     /// What every writer thread does: takes blocks until there are no more. The last one out settles what did not come.
@@ -99,24 +146,27 @@ impl Window {
         if block.kind() != ChunkKind::Data {
             return;
         }
-        let mut current: Current = None;
+        let mut run: Option<Run> = None;
         for (index, row) in block.rows().iter().enumerate() {
             let Some(targets) = self.wanted.lock().remove(&row.id) else { continue };
-            match block.chunk(index) {
-                Ok(chunk) => {
-                    for target in targets {
-                        write(restorer, &target, chunk.bytes, &mut current);
-                        let handle = current.as_ref().filter(|(file, _)| Arc::ptr_eq(file, &target.file));
-                        target.file.release(restorer, handle.map(|(_, handle)| handle));
-                    }
-                }
-                Err(error) => {
-                    for target in targets {
-                        target.file.fail(error.to_string());
+            let chunk = block.chunk(index).map_err(|error| error.to_string());
+            for target in targets {
+                let fits = chunk.as_ref().map_err(String::as_str).and_then(|chunk| {
+                    let contradiction =
+                        "the tree contradicts itself: a chunk has another length than the file's list of pieces says";
+                    if chunk.bytes.len() == target.bytes as usize { Ok(()) } else { Err(contradiction) }
+                });
+                match fits {
+                    Ok(()) => run = Some(Run::after(run, restorer, block, target, index)),
+                    Err(reason) => {
+                        target.file.fail(reason.to_owned());
                         target.file.release(restorer, None);
                     }
                 }
             }
+        }
+        if let Some(run) = run {
+            run.write(restorer, block);
         }
     }
 
@@ -140,26 +190,5 @@ impl Window {
                 target.file.release(restorer, None);
             }
         }
-    }
-}
-
-fn write(restorer: &Restorer, target: &Target, bytes: &[u8], current: &mut Current) {
-    let file = &target.file;
-    if file.has_failed() {
-        return;
-    }
-    if bytes.len() != target.bytes as usize {
-        file.fail("the tree contradicts itself: a chunk has another length than the file's list of pieces says".into());
-        return;
-    }
-    let handle = match current {
-        Some((open, handle)) if Arc::ptr_eq(open, file) => handle,
-        _ => match file.open(restorer) {
-            Ok(handle) => &mut current.insert((Arc::clone(file), handle)).1,
-            Err(error) => return file.fail(format!("it cannot be written: {error}")),
-        },
-    };
-    if let Err(error) = file.write(restorer, handle, target.offset, bytes) {
-        file.fail(format!("it cannot be written: {error}"));
     }
 }

@@ -1,16 +1,17 @@
 //! The opener: a block in, its verified chunks out.
 //!
-//! Order of checks: form and limits, digest, repository, unwrapping, commitment, tag, decompression bound, chunk lengths,
-//! and at each access the chunk's id. No buffer is read after a failed check.
+//! Order of checks: form and limits, repository, unwrapping, commitment, tag, decompression bound, chunk lengths, and at
+//! each access the chunk's id. No buffer is read after a failed check. The tag covers what the digest covers; the digest is
+//! compared only to tell damage from everything else when a check has failed.
 
 use std::any::Any;
 use std::collections::VecDeque;
-use std::ops::Range;
+use std::ops::{Range, RangeInclusive};
 use std::sync::Arc;
 
 use aws_lc_rs::aead::Aad;
 use parking_lot::Mutex;
-use strandline_messages::format::block::{BlockView, ChunkRow, Codec, PLAINTEXT_BYTES_MAX};
+use strandline_messages::format::block::{BlockView, ChunkRow, Codec, PLAINTEXT_BYTES_MAX, TAG_BYTES};
 use strandline_messages::format::chunk::{REFERENCE_BYTES, Reference};
 use strandline_messages::{BlockDigest, ChunkId, ChunkKind};
 use zstd::bulk::Decompressor;
@@ -44,15 +45,15 @@ struct Shared {
 }
 
 impl Shared {
+    /// Of any length, holding anything.
     fn buffer(&self, kind: ChunkKind) -> Vec<u8> {
         let kept = if kind == ChunkKind::Data { self.buffers.lock().pop() } else { None };
         kept.unwrap_or_default()
     }
 
-    fn put_back(&self, kind: ChunkKind, mut buffer: Vec<u8>) {
+    fn put_back(&self, kind: ChunkKind, buffer: Vec<u8>) {
         let mut buffers = self.buffers.lock();
         if kind == ChunkKind::Data && buffers.len() < BUFFERS_MAX {
-            buffer.clear();
             buffers.push(buffer);
         }
     }
@@ -72,10 +73,16 @@ impl Opener {
 
     /// Opens a block. Chunk ids are checked when chunks are taken out of it.
     pub fn open(&self, block: &[u8]) -> Result<OpenedBlock, OpenError> {
-        let keyset = &self.shared.keyset;
         let view = BlockView::parse(block)?;
-        let digest = view.verify_digest()?;
-        let header = view.header;
+        self.open_view(&view).map_err(|error| match view.verify_digest() {
+            Ok(_) => error,
+            Err(damaged) => damaged.into(),
+        })
+    }
+
+    fn open_view(&self, view: &BlockView<'_>) -> Result<OpenedBlock, OpenError> {
+        let keyset = &self.shared.keyset;
+        let (digest, header) = (view.stored_digest(), view.header);
         if header.repository != keyset.repository() {
             let (expected, found) = (keyset.repository(), header.repository);
             return Err(OpenError::ForeignRepository { what: "block", expected, found });
@@ -85,13 +92,13 @@ impl Opener {
             return Err(OpenError::Commitment { what: "block" });
         }
         let cipher = derived.cipher().ok_or(OpenError::Unwrap { what: "block" })?;
+        let wrong_tag = || OpenError::Tag { what: "block" };
+        let (ciphertext, tag) = view.body().split_last_chunk::<TAG_BYTES>().ok_or_else(wrong_tag)?;
         let mut body = self.shared.buffer(header.kind);
-        body.extend_from_slice(view.body());
-        let plain = cipher
-            .open_in_place(zero_nonce(), Aad::from(view.aad()), &mut body)
-            .map_err(|_| OpenError::Tag { what: "block" })?
-            .len();
-        body.truncate(plain);
+        body.resize(ciphertext.len(), 0);
+        cipher
+            .open_separate_gather(zero_nonce(), Aad::from(view.aad()), ciphertext, tag, &mut body)
+            .map_err(|_| wrong_tag())?;
         let plaintext = match header.codec {
             Codec::Stored => body,
             Codec::Zstd => {
@@ -142,6 +149,7 @@ impl Opener {
             None => Decompressor::new().map_err(|_| refused())?,
         };
         let mut plaintext = self.shared.buffer(kind);
+        plaintext.clear();
         plaintext.reserve(capacity);
         // The buffer may be larger than what the frame says it needs.
         let written = decompressor.decompress_to_buffer(body, &mut plaintext).map_err(|_| refused())?;
@@ -243,6 +251,13 @@ impl OpenedBlock {
         Ok(OpenedChunk { id: row.id, bytes, references: &row.references })
     }
 
+    /// The bytes of neighbouring chunks as one piece, not verified by this call.
+    pub fn span(&self, chunks: RangeInclusive<usize>) -> &[u8] {
+        let start = self.ranges.get(*chunks.start()).map_or(0, |range| range.start);
+        let end = self.ranges.get(*chunks.end()).map_or(0, |range| range.end);
+        self.plaintext.get(start..end).unwrap_or_default()
+    }
+
     /// All chunks in order, each verified against its id.
     pub fn chunks(&self) -> impl Iterator<Item = Result<OpenedChunk<'_>, OpenError>> {
         (0..self.rows.len()).map(|index| self.chunk(index))
@@ -336,11 +351,14 @@ mod tests {
         for place in 0..good.len() {
             let mut bad = good.clone();
             bad[place] ^= 0x20;
-            assert!(opener.open(&bad).is_err(), "byte {place}");
-            if place < good.len() - 32 {
-                redigest(&mut bad);
-                assert!(opener.open(&bad).is_err(), "byte {place} under a new digest");
+            if place >= good.len() - 32 {
+                // Nothing rests on the digest itself; the server, which has no key, compares it.
+                opener.open(&bad).unwrap().verify_ids().unwrap();
+                continue;
             }
+            assert!(matches!(opener.open(&bad), Err(OpenError::Format(_))), "byte {place}");
+            redigest(&mut bad);
+            assert!(opener.open(&bad).is_err(), "byte {place} under a new digest");
         }
     }
 

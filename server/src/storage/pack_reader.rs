@@ -10,7 +10,9 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use parking_lot::Mutex;
+use rustix::buffer::spare_capacity;
 use rustix::fs::Advice;
+use rustix::io::Errno;
 use strandline_messages::ChunkId;
 use strandline_messages::format::FormatError;
 use strandline_messages::format::block::{BlockHeaderV1, BlockView, FIXED_HEADER_BYTES, TableRows};
@@ -49,13 +51,16 @@ impl PackReader {
             return Err(damaged(FormatError::Limit { what: "block", found: bytes.into(), max }));
         }
         let file = self.file(pack)?;
-        let mut buffer = vec![0; bytes as usize];
-        match file.read_exact_at(&mut buffer, offset.into()) {
-            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
-                return Err(damaged(FormatError::Truncated { what: "block" }));
+        let mut buffer = Vec::with_capacity(bytes as usize);
+        while buffer.len() < bytes as usize {
+            let place = u64::from(offset) + buffer.len() as u64;
+            match rustix::io::pread(&file, spare_capacity(&mut buffer), place) {
+                Ok(0) => return Err(damaged(FormatError::Truncated { what: "block" })),
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(error) => return Err(StorageError::io("read", &self.paths.pack(pack))(error.into())),
             }
-            other => other.map_err(StorageError::io("read", &self.paths.pack(pack)))?,
         }
+        buffer.truncate(bytes as usize);
         BlockView::parse(&buffer).and_then(|view| view.verify_digest()).map_err(damaged)?;
         Ok(buffer.into())
     }
