@@ -213,8 +213,6 @@ impl SessionStore for Store {
         async move { Ok(durable) }.boxed()
     }
 
-    fn flush(&self) {}
-
     fn commit(&self, _: Bytes) -> BoxFuture<'static, Result<CommitOutcome, StoreFault>> {
         async { Ok(CommitOutcome::Refused { reason: String::new() }) }.boxed()
     }

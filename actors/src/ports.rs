@@ -65,8 +65,6 @@ pub trait SessionStore: Send + Sync + 'static {
     fn known(&self, ids: Vec<ChunkId>) -> BoxFuture<'static, Result<Vec<bool>, StoreFault>>;
     /// Stores a block; resolves when it is durable and indexed.
     fn store(&self, sequence: Sequence, block: Bytes) -> BoxFuture<'static, Result<Durable<Sequence>, StoreFault>>;
-    /// Asks for a group commit now.
-    fn flush(&self);
     /// Verifies completeness and commits.
     fn commit(&self, manifest: Bytes) -> BoxFuture<'static, Result<CommitOutcome, StoreFault>>;
     /// Records the terminal state and ends the lease.

@@ -353,7 +353,6 @@ impl Session {
         let (sender, receiver) = oneshot::channel();
         self.waiting.push(sender);
         self.manifest = Some(commit.manifest.into_vec().into());
-        self.seed.store.flush();
         self.feed(Input::Commit { blocks: commit.blocks }, ctx);
         async move { receiver.await.unwrap_or_else(|_| refused(RefusalCode::Ended, "the session has ended")) }
             .boxed_local()
@@ -559,7 +558,6 @@ impl Handler<Quiesce> for Session {
     type Result = ();
 
     fn handle(&mut self, _: Quiesce, _: &mut Context<Self>) {
-        self.seed.store.flush();
         self.drain_streams();
     }
 }

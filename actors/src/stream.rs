@@ -227,9 +227,6 @@ impl Stream {
             Message::Ack(ack) => self.report(StreamFact::Acknowledged(ack)),
             Message::Drain => {
                 self.feed(Input::PeerDrain, ctx);
-                if let Some(intake) = &self.intake {
-                    intake.store.flush();
-                }
                 self.settle(ctx);
             }
             Message::Drained => self.feed(Input::PeerDrained, ctx),

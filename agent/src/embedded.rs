@@ -78,7 +78,7 @@ impl Embedded {
         let (reply, opened) = oneshot::channel();
         let path = directory.to_owned();
         let opening = async move {
-            let options = EngineOptions { lock_wait, ..EngineOptions::default() };
+            let options = EngineOptions { lock_wait };
             let opened = match Engine::open(&path, options).await {
                 Err(error) => Err(error),
                 Ok(engine) => {

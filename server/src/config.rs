@@ -103,23 +103,10 @@ pub struct Config {
     /// A connection that makes no progress for this long is closed.
     #[serde(with = "humantime_serde")]
     pub progress_timeout: Duration,
-    /// When blocks are made durable together.
-    pub group_commit: GroupCommit,
     /// The log.
     pub log: Log,
     /// Certificates.
     pub certificates: Certificates,
-}
-
-/// When blocks are made durable together: whichever limit is reached first.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct GroupCommit {
-    /// This many bytes are waiting.
-    pub bytes: u64,
-    /// The oldest block has waited this long; at most a second.
-    #[serde(with = "humantime_serde")]
-    pub wait: Duration,
 }
 
 /// The log.
@@ -152,16 +139,9 @@ impl Default for Config {
             receive_bytes: 48 << 20,
             session_grace: Duration::from_mins(10),
             progress_timeout: Duration::from_mins(1),
-            group_commit: GroupCommit::default(),
             log: Log::default(),
             certificates: Certificates::default(),
         }
-    }
-}
-
-impl Default for GroupCommit {
-    fn default() -> Self {
-        Self { bytes: 16 << 20, wait: Duration::from_millis(100) }
     }
 }
 
@@ -248,10 +228,6 @@ impl Config {
         check("window_bytes", (block..=1 << 32).contains(&self.window_bytes), || {
             format!("must be from {block} (one block) to {}", 1u64 << 32)
         })?;
-        check("group_commit.bytes", (1..=1 << 30).contains(&self.group_commit.bytes), || {
-            format!("must be from 1 to {}", 1 << 30)
-        })?;
-        check("group_commit.wait", self.group_commit.wait <= Duration::from_secs(1), || "must be at most 1s".into())?;
         let day = Duration::from_hours(24);
         check("session_grace", (Duration::from_secs(10)..=day).contains(&self.session_grace), || {
             "must be from 10s to 1day".into()
@@ -335,11 +311,6 @@ fn commented(config: &Config) -> String {
     put("How long a session waits for its agent to come back.", "session_grace", time(config.session_grace));
     put("A connection without progress for this long is closed.", "progress_timeout", time(config.progress_timeout));
     put(
-        "Blocks are made durable together, when this much has gathered or the first has waited this long (at most 1s).",
-        "[group_commit]\nbytes",
-        format!("{}\nwait = {}", config.group_commit.bytes, time(config.group_commit.wait)),
-    );
-    put(
         "text or json; a level or levels by module.",
         "[log]\nformat",
         format!("\"text\"\nfilter = \"{}\"", config.log.filter),
@@ -395,7 +366,7 @@ mod tests {
 
     #[test]
     fn an_unknown_key_is_an_error_that_names_it() {
-        for text in ["max_stream = 3", "[group_commit]\nbites = 3", "[logs]"] {
+        for text in ["max_stream = 3", "[log]\nformt = 3", "[logs]"] {
             let error = load(text, &[]).unwrap_err().to_string();
             assert!(error.contains("unknown field"), "{error}");
         }
@@ -409,7 +380,6 @@ mod tests {
             "max_streams = 3\nsession_grace = \"1m\"",
             &[
                 ("STRAND_SERVER_MAX_STREAMS", "5"),
-                ("STRAND_SERVER_GROUP_COMMIT__WAIT", "20ms"),
                 ("STRAND_SERVER_LOG__FORMAT", "json"),
                 ("STRAND_SERVER_NAMES", "a.example,b.example"),
                 ("STRAND_SERVER_LISTEN", "127.0.0.1:7"),
@@ -422,7 +392,6 @@ mod tests {
         .unwrap();
         assert_eq!(config.max_streams, 5);
         assert_eq!(config.session_grace, Duration::from_mins(1));
-        assert_eq!(config.group_commit.wait, Duration::from_millis(20));
         assert_eq!(config.log.format, LogFormat::Json);
         assert_eq!(config.names, ["a.example", "b.example"]);
         assert_eq!(config.listen, ["127.0.0.1:7".parse().unwrap()]);
@@ -439,7 +408,6 @@ mod tests {
             ("names = []", "names"),
             ("names = [\"a b\"]", "names"),
             ("session_grace = \"1s\"", "session_grace"),
-            ("[group_commit]\nwait = \"2s\"", "group_commit.wait"),
         ] {
             let error = load(text, &[]).unwrap_err();
             assert!(matches!(&error, ConfigError::Value { key: found, .. } if *found == key), "{text}: {error}");

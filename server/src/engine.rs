@@ -47,7 +47,7 @@ use crate::storage::StorageError;
 use crate::storage::files::{self, FileOps, SystemFiles};
 use crate::storage::layout::{DataPaths, RepositoryPaths};
 use crate::storage::lock::DirectoryLock;
-use crate::storage::pack_writer::PackWriterOptions;
+use crate::storage::pack_writer::{GROUP_BYTES_MAX, PackWriterOptions};
 
 pub use crate::catalog::sessions::{Lease, Opened, SessionEnd, SessionRow};
 pub use crate::storage::store_error::StoreError;
@@ -63,33 +63,27 @@ const INDEX_CACHE_BYTES: usize = 64 << 20;
 const REPOSITORY_FILE_BYTES_MAX: usize = 4096;
 
 /// How an engine behaves.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub struct EngineOptions {
     /// How long to wait for another process to leave the data directory.
     pub lock_wait: Duration,
-    /// Blocks are written as a group of about this many bytes at the latest.
-    pub group_commit_bytes: usize,
-    /// The first block of a group waits for others at most this long; cut to one second.
-    pub group_commit_wait: Duration,
-}
-
-impl Default for EngineOptions {
-    fn default() -> Self {
-        let group_commit_wait = Duration::from_millis(100);
-        Self { lock_wait: Duration::ZERO, group_commit_bytes: 16 << 20, group_commit_wait }
-    }
 }
 
 /// Sizes that tests make small.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Sizes {
+    pub group_bytes_max: usize,
     pub pack_bytes_max: u64,
     pub index_flush_entries: usize,
 }
 
 impl Default for Sizes {
     fn default() -> Self {
-        Self { pack_bytes_max: limits::PACK_BYTES_MAX, index_flush_entries: FLUSH_ENTRIES }
+        Self {
+            group_bytes_max: GROUP_BYTES_MAX,
+            pack_bytes_max: limits::PACK_BYTES_MAX,
+            index_flush_entries: FLUSH_ENTRIES,
+        }
     }
 }
 
@@ -177,11 +171,8 @@ impl Engine {
             .await?
         };
         let catalog = Catalog::open(&paths.catalog()).await?;
-        let writer = PackWriterOptions {
-            group_commit_bytes: options.group_commit_bytes,
-            group_commit_wait: options.group_commit_wait.min(Duration::from_secs(1)),
-            pack_bytes_max: sizes.pack_bytes_max,
-        };
+        let Sizes { group_bytes_max, pack_bytes_max, .. } = sizes;
+        let writer = PackWriterOptions { group_bytes_max, pack_bytes_max };
         let cache = Arc::new(PageCache::new(INDEX_CACHE_BYTES));
         let common = Arc::new(Common { paths, catalog, key, ops, cache, writer, sizes, lock });
         let mut known = Known::new();

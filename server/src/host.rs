@@ -353,10 +353,6 @@ impl SessionStore for LeasedRepository {
         .boxed()
     }
 
-    fn flush(&self) {
-        self.repository.flush();
-    }
-
     fn commit(&self, manifest: Bytes) -> BoxFuture<'static, Result<CommitOutcome, StoreFault>> {
         let (repository, lease) = (Arc::clone(&self.repository), self.lease.clone());
         async move {

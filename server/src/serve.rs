@@ -158,12 +158,7 @@ pub async fn serve(options: ServeOptions) -> anyhow::Result<()> {
     let ServeOptions { data, config_path, config, lock_wait } = options;
     let mut signals = Signals::listen().context("cannot listen to signals")?;
     raise_descriptor_limit();
-    let group = EngineOptions {
-        lock_wait,
-        group_commit_bytes: usize::try_from(config.group_commit.bytes).unwrap_or(usize::MAX),
-        group_commit_wait: config.group_commit.wait,
-    };
-    let engine = Arc::new(Engine::open(&data, group).await?);
+    let engine = Arc::new(Engine::open(&data, EngineOptions { lock_wait }).await?);
     let tenancy = Tenancy::open(engine.pool().clone(), &data).await?;
     let authority = Arc::new(Authority::load(&data)?);
     let certificate = Arc::new(ServerCertificate::new(authority.server(&config.names)?)?);

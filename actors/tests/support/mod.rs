@@ -73,8 +73,6 @@ impl SessionStore for MemoryStore {
         .boxed()
     }
 
-    fn flush(&self) {}
-
     fn commit(&self, manifest: Bytes) -> BoxFuture<'static, Result<CommitOutcome, StoreFault>> {
         let snapshot = SnapshotId(id_of(&manifest));
         self.kept.lock().snapshots.push(manifest);

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use aws_lc_rs::signature::{Ed25519KeyPair, KeyPair};
@@ -150,18 +150,13 @@ pub(crate) fn tenant() -> TenantName {
     "home".parse().unwrap()
 }
 
-pub(crate) fn options() -> EngineOptions {
-    EngineOptions { group_commit_wait: Duration::from_millis(5), ..EngineOptions::default() }
-}
-
 pub(crate) async fn open(dir: &Path) -> Engine {
-    Engine::open(dir, options()).await.unwrap()
+    Engine::open(dir, EngineOptions::default()).await.unwrap()
 }
 
 pub(crate) async fn open_small(dir: &Path, ops: Arc<dyn FileOps>) -> Engine {
-    let sizes = Sizes { pack_bytes_max: 4096, index_flush_entries: 8 };
-    let options = EngineOptions { group_commit_bytes: 1000, ..options() };
-    Engine::open_with(dir, options, sizes, ops).await.unwrap()
+    let sizes = Sizes { group_bytes_max: 1000, pack_bytes_max: 4096, index_flush_entries: 8 };
+    Engine::open_with(dir, EngineOptions::default(), sizes, ops).await.unwrap()
 }
 
 /// The one repository of a directory, made if need be.
@@ -200,6 +195,8 @@ pub(crate) struct TestDisk {
     /// Which files were synced after a sync of them had failed.
     pub synced_after_failure: Mutex<Vec<std::path::PathBuf>>,
     pub failed: Mutex<Vec<std::path::PathBuf>>,
+    /// No sync begins as long as this is set.
+    pub holds_syncs: AtomicBool,
 }
 
 impl FileOps for TestDisk {
@@ -208,15 +205,18 @@ impl FileOps for TestDisk {
         SystemFiles.create(path)
     }
 
-    fn write_at(&self, file: &File, path: &Path, parts: &[Bytes], offset: u64) -> io::Result<()> {
+    fn write_at(&self, file: &File, path: &Path, bytes: &[u8], offset: u64) -> io::Result<()> {
         self.events.lock().push(Event::Write);
         if let Some(Some(kind)) = self.write_errors.lock().pop() {
             return Err(kind.into());
         }
-        SystemFiles.write_at(file, path, parts, offset)
+        SystemFiles.write_at(file, path, bytes, offset)
     }
 
     fn sync(&self, file: &File, path: &Path) -> io::Result<()> {
+        while self.holds_syncs.load(Ordering::SeqCst) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
         if self.failed.lock().iter().any(|failed| failed == path) {
             self.synced_after_failure.lock().push(path.to_path_buf());
         }

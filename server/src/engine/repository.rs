@@ -252,11 +252,6 @@ impl Repository {
         }
     }
 
-    /// Asks for everything queued to be made durable now.
-    pub fn flush(&self) {
-        self.writer.flush();
-    }
-
     /// Commits a snapshot. The session's blocks must have been confirmed. The same manifest again has the same receipt.
     pub async fn commit(&self, lease: &Lease, manifest: Bytes) -> Result<CommitOutcome, EngineError> {
         let outcome = commit::commit(&self.state, lease, manifest).await?;

@@ -394,8 +394,4 @@ impl PackSink for State {
         self.packs.write().insert(info.number, info);
         self.changed.lock().insert(info.number);
     }
-
-    fn pack_gone(&self, number: u32) {
-        self.packs.write().remove(&number);
-    }
 }

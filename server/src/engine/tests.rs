@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -108,7 +109,7 @@ async fn what_was_confirmed_survives_a_process_that_just_ends() {
 
 fn rand_session() -> u8 {
     static NEXT: std::sync::atomic::AtomicU8 = std::sync::atomic::AtomicU8::new(100);
-    NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed)
+    NEXT.fetch_add(1, Ordering::Relaxed)
 }
 
 #[actix_rt::test]
@@ -127,10 +128,9 @@ async fn s05_a_block_is_confirmed_only_after_file_and_directory_are_synced() {
     let expected = [
         Event::Create,
         Event::Write,
-        Event::Sync,
-        Event::SyncDirectory,
         Event::Write,
         Event::Sync,
+        Event::SyncDirectory,
         Event::Confirmed,
         Event::Write,
         Event::Sync,
@@ -176,6 +176,40 @@ async fn s29_after_a_failed_fsync_the_pack_is_closed_and_its_blocks_go_to_a_new_
     let found = repository.locate(DomainId::FULL, &[id(0), id(1)]).await.unwrap();
     assert_eq!((found[0].unwrap().pack, found[1].unwrap().pack), (1, 2));
     store(&repository, &lease, 2, data_block(REPOSITORY, &[id(2)])).await;
+    engine.close().await.unwrap();
+    assert!(disk.synced_after_failure.lock().is_empty(), "a file was synced again after its sync had failed");
+}
+
+#[actix_rt::test]
+async fn s29_what_was_written_while_a_sync_failed_goes_to_new_packs_too() {
+    let dir = tempfile::tempdir().unwrap();
+    let disk = Arc::new(TestDisk::default());
+    let engine = open_small(dir.path(), Arc::clone(&disk) as Arc<dyn FileOps>).await;
+    let repository = repository(&engine).await;
+    let lease = session(&repository, 1, DomainId::FULL).await;
+    disk.events.lock().clear();
+    let block = |i| repository.store(&lease, Sequence(i), data_block(REPOSITORY, &[id(i)]).into());
+    let writes = || disk.events.lock().iter().filter(|event| **event == Event::Write).count();
+    let meanwhile = async {
+        // The header and all four blocks are in the file before the first sync ends.
+        while writes() < 5 {
+            actix_rt::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    let blocks = futures_util::future::join_all((0..4).map(block));
+    futures_util::pin_mut!(blocks);
+    disk.holds_syncs.store(true, Ordering::SeqCst);
+    let first = futures_util::future::select(&mut blocks, Box::pin(meanwhile)).await;
+    assert!(matches!(first, futures_util::future::Either::Right(_)), "confirmed before any sync");
+    disk.sync_errors.lock().push(Some(io::ErrorKind::Other));
+    disk.holds_syncs.store(false, Ordering::SeqCst);
+    for (i, stored) in (0u64..).zip(blocks.await) {
+        assert_eq!(stored.unwrap().into_inner(), Sequence(i));
+    }
+    let ids: Vec<ChunkId> = (0..4).map(id).collect();
+    for address in repository.locate(DomainId::FULL, &ids).await.unwrap() {
+        repository.read_block(address.unwrap()).await.unwrap();
+    }
     engine.close().await.unwrap();
     assert!(disk.synced_after_failure.lock().is_empty(), "a file was synced again after its sync had failed");
 }
@@ -639,7 +673,7 @@ async fn a_known_block_is_confirmed_without_being_stored_and_a_doubled_one_is_st
 async fn two_engines_cannot_open_one_directory() {
     let dir = tempfile::tempdir().unwrap();
     let engine = open(dir.path()).await;
-    let second = Engine::open(dir.path(), EngineOptions { lock_wait: Duration::from_millis(50), ..options() }).await;
+    let second = Engine::open(dir.path(), EngineOptions { lock_wait: Duration::from_millis(50) }).await;
     assert!(matches!(second, Err(EngineError::Locked { .. })));
     engine.close().await.unwrap();
     open(dir.path()).await;

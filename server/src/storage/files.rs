@@ -3,26 +3,26 @@
 
 use std::fs::{self, File};
 use std::io::{self, IoSlice, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 
-use bytes::Bytes;
+use rustix::io::ReadWriteFlags;
 
 use super::StorageError;
-
-/// Most parts of one vectored write (Linux `IOV_MAX`).
-const WRITE_PARTS_MAX: usize = 1024;
 
 /// Free space that blocks never take, bytes: the catalog, the index and footers need it so that a full disk can still be
 /// read from, listed and cleaned up.
 pub const RESERVE_BYTES: u64 = 16 << 20;
 
+/// Shorter writes than this go through the page cache: a disk takes few large writes better than many small ones, bytes.
+const UNCACHED_FROM_BYTES: usize = 128 << 10;
+
 /// What the pack writer does to files. The system's implementation is [`SystemFiles`].
 pub trait FileOps: Send + Sync + std::fmt::Debug {
     /// Creates a file that must not exist yet, for reading and writing.
     fn create(&self, path: &Path) -> io::Result<File>;
-    /// Writes all `parts`, one after another, from `offset` (bytes) on.
-    fn write_at(&self, file: &File, path: &Path, parts: &[Bytes], offset: u64) -> io::Result<()>;
+    /// Writes all `bytes` from `offset` (bytes) on.
+    fn write_at(&self, file: &File, path: &Path, bytes: &[u8], offset: u64) -> io::Result<()>;
     /// Fails with [`io::ErrorKind::StorageFull`] if `bytes` more would leave less than [`RESERVE_BYTES`] free where `file` is.
     fn ensure_room(&self, file: &File, bytes: u64) -> io::Result<()> {
         let stat = rustix::fs::fstatvfs(file)?;
@@ -50,23 +50,9 @@ impl FileOps for SystemFiles {
         File::options().read(true).write(true).create_new(true).mode(0o600).open(path)
     }
 
-    fn write_at(&self, file: &File, _path: &Path, parts: &[Bytes], mut offset: u64) -> io::Result<()> {
-        for group in parts.chunks(WRITE_PARTS_MAX) {
-            let mut slices: Vec<IoSlice<'_>> = group.iter().map(|part| IoSlice::new(part)).collect();
-            let mut rest = slices.as_mut_slice();
-            IoSlice::advance_slices(&mut rest, 0);
-            while !rest.is_empty() {
-                let written = match rustix::io::pwritev(file, rest, offset) {
-                    Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-                    Ok(written) => written,
-                    Err(rustix::io::Errno::INTR) => continue,
-                    Err(error) => return Err(error.into()),
-                };
-                offset += written as u64;
-                IoSlice::advance_slices(&mut rest, written);
-            }
-        }
-        Ok(())
+    fn write_at(&self, file: &File, _path: &Path, bytes: &[u8], offset: u64) -> io::Result<()> {
+        let written = if bytes.len() >= UNCACHED_FROM_BYTES { write_uncached(file, bytes, offset) } else { 0 };
+        file.write_all_at(bytes.get(written..).unwrap_or_default(), offset + written as u64)
     }
 
     fn sync(&self, file: &File, _path: &Path) -> io::Result<()> {
@@ -76,6 +62,14 @@ impl FileOps for SystemFiles {
     fn sync_directory(&self, path: &Path) -> io::Result<()> {
         File::open(path)?.sync_all()
     }
+}
+
+/// Writes so that the disk gets the bytes at once and the page cache keeps none of them (`RWF_DONTCACHE`, Linux 6.14): they are
+/// about to be synced, will not be read soon, and the memory belongs to others. How many bytes were written: none where kernel
+/// or file system cannot, or on an error, which whoever writes the rest will meet again.
+fn write_uncached(file: &File, bytes: &[u8], offset: u64) -> usize {
+    const DONTCACHE: ReadWriteFlags = ReadWriteFlags::from_bits_retain(0x80);
+    rustix::io::pwritev2(file, &[IoSlice::new(bytes)], offset, DONTCACHE).unwrap_or(0)
 }
 
 /// Makes the names in `path` durable.
@@ -169,17 +163,5 @@ mod tests {
         fs::write(dir.path().join("kept"), b"x").unwrap();
         remove_temporaries(dir.path()).unwrap();
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
-    }
-
-    #[test]
-    fn many_parts_are_written_in_order() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("file");
-        let file = SystemFiles.create(&path).unwrap();
-        let parts: Vec<Bytes> = (0..3000u32).map(|i| Bytes::from(i.to_le_bytes().to_vec())).collect();
-        SystemFiles.write_at(&file, &path, &parts, 4).unwrap();
-        let read = fs::read(&path).unwrap();
-        assert_eq!(read.len(), 12_004);
-        assert_eq!(read[4 + 4 * 2999..], 2999u32.to_le_bytes());
     }
 }

@@ -8,7 +8,6 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use bytes::Bytes;
 use strandline_messages::format::block::{BLOCK_MAGIC, BlockHeaderV1, BlockView, FIXED_HEADER_BYTES};
 use strandline_messages::format::pack::{
     FooterEntry, PACK_HEADER_BYTES, PackFooterV1, PackHeaderV1, TRAILER_BYTES, decode_trailer,
@@ -188,9 +187,9 @@ pub fn recover(
 
 /// Appends the footer at `end` and syncs; the file's new length, bytes.
 pub fn seal(ops: &dyn FileOps, file: &File, path: &Path, blocks: &[FooterEntry], end: u64) -> io::Result<u64> {
-    let footer = Bytes::from(PackFooterV1 { blocks: blocks.to_vec() }.encode());
+    let footer = PackFooterV1 { blocks: blocks.to_vec() }.encode();
     let bytes = end + footer.len() as u64;
-    ops.write_at(file, path, &[footer], end)?;
+    ops.write_at(file, path, &footer, end)?;
     ops.sync(file, path)?;
     Ok(bytes)
 }
