@@ -22,7 +22,7 @@ use crate::trees::{ChunkSource, FetchError, Fetched, Received};
 
 /// Opened data that waits for its readers or is being used, bytes. Sealed blocks cost credit, but an opened one is several
 /// times as large. One more block for each opening thread, and for each fetch whose reader has nothing, may come on top.
-const OPENED_BYTES_MAX: usize = 24 << 20;
+const OPENED_BYTES_MAX: usize = 12 << 20;
 /// How often it is looked whether a reader has taken its last block, while the budget is used up.
 const LOOK_AGAIN: Duration = Duration::from_millis(50);
 

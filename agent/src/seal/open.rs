@@ -27,7 +27,7 @@ const DECOMPRESSORS_MAX: usize = 16;
 
 /// Emptied buffers of data blocks kept, so that their memory is neither returned to the system nor scattered. Blocks of trees
 /// are small and stay in caches that count their bytes: they get buffers of their own.
-const BUFFERS_MAX: usize = 8;
+const BUFFERS_MAX: usize = 6;
 
 /// Opens blocks of one repository. Shared by threads; clones share the caches.
 #[derive(Clone)]
