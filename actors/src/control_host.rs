@@ -100,9 +100,9 @@ impl ControlHost {
             Message::OpenSession(request) => self.open_session(tag, request, ctx),
             Message::Attach(attach) => self.attach(tag, attach, ctx),
             Message::Credit(_) => {
-                if let Some((session, _)) = &self.session {
+                if let Some((session, incarnation)) = &self.session {
                     // Bounded by the blocks that the session sent.
-                    session.do_send(Ask(message));
+                    session.do_send(Ask(*incarnation, message));
                 }
             }
             Message::QueryChunks(_) | Message::Commit(_) | Message::AbortSession(_) | Message::FetchChunks(_) => {
@@ -179,7 +179,7 @@ impl ControlHost {
             let refusal = Refused::new(RefusalCode::Invalid, "more ids under way than the credit for queries allows");
             return self.reply(tag, &Message::Refused(refusal), ctx);
         }
-        let Some((session, _)) = self.session.clone() else {
+        let Some((session, incarnation)) = self.session.clone() else {
             let refusal = Refused::new(RefusalCode::NoSuchSession, "this connection speaks for no session");
             return self.reply(tag, &Message::Refused(refusal), ctx);
         };
@@ -187,7 +187,7 @@ impl ControlHost {
             return;
         }
         self.queried += queried;
-        let asking = session.send(Ask(request));
+        let asking = session.send(Ask(incarnation, request));
         ctx.spawn(asking.into_actor(self).map(move |answer, control, ctx| {
             control.queried -= queried;
             let gone = |_| Message::Refused(Refused::new(RefusalCode::NoSuchSession, "the session has ended"));

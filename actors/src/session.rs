@@ -34,10 +34,10 @@ use crate::stream::{Intake, JoinGranted, JoinSession, Stream};
 
 const TICK: Duration = Duration::from_secs(1);
 
-/// From a control connection: a request of the agent; the answer goes back to it.
+/// From the control connection of this incarnation: a request of the agent; the answer goes back to it.
 #[derive(actix::Message)]
 #[rtype(result = "Message")]
-pub struct Ask(pub Message);
+pub struct Ask(pub Incarnation, pub Message);
 
 /// From a control connection: let me speak for the session.
 #[derive(actix::Message)]
@@ -63,6 +63,11 @@ pub struct ControlGone(pub Incarnation);
 #[derive(actix::Message)]
 #[rtype(result = "()")]
 pub struct Supersede;
+
+/// From the registry: the agent was revoked.
+#[derive(actix::Message)]
+#[rtype(result = "()")]
+pub struct Revoke;
 
 /// From the registry: the server stops. The session stays open in the catalog; its streams drain.
 #[derive(actix::Message)]
@@ -395,14 +400,29 @@ impl Session {
         }
     }
 
-    fn stream_gone(&mut self, event: &StreamEvent, ctx: &mut Context<Self>) {
-        if self.streams.get(&event.index).is_none_or(|known| known.incarnation != event.incarnation) {
+    /// A connection may end before it learns that it belongs to the session: then it says nothing when it goes.
+    fn tick(&mut self, ctx: &mut Context<Self>) {
+        if self.control.as_ref().is_some_and(|control| !control.connected()) {
+            self.control = None;
+            self.feed(Input::ControlLost(self.machine.incarnation()), ctx);
+        }
+        let dead: Vec<_> = self.streams.iter().filter(|(_, joined)| !joined.stream.connected()).collect();
+        let dead: Vec<_> = dead.into_iter().map(|(index, joined)| (*index, joined.incarnation)).collect();
+        for (index, incarnation) in dead {
+            self.stream_gone(index, incarnation, ctx);
+        }
+        self.feed(Input::Tick, ctx);
+        self.stop_when_alone(ctx);
+    }
+
+    fn stream_gone(&mut self, index: StreamIndex, incarnation: Incarnation, ctx: &mut Context<Self>) {
+        if self.streams.get(&index).is_none_or(|known| known.incarnation != incarnation) {
             return;
         }
-        self.streams.remove(&event.index);
-        self.fetching.stream_gone(event.index);
+        self.streams.remove(&index);
+        self.fetching.stream_gone(index);
         if let Some(tracker) = &self.tracker {
-            tracker.do_send(RemoveListener(event.index));
+            tracker.do_send(RemoveListener(index));
         }
         self.feed(Input::StreamLeft, ctx);
         self.pump(ctx);
@@ -422,7 +442,7 @@ impl Actor for Session {
             let (moved, holes) = (ctx.address().recipient(), ctx.address().recipient());
             self.tracker = Some(GapTracker::new(Arc::clone(&self.watermark), moved, holes).start());
         }
-        ctx.run_interval(TICK, |session, ctx| session.feed(Input::Tick, ctx));
+        ctx.run_interval(TICK, Self::tick);
     }
 
     fn stopped(&mut self, _: &mut Context<Self>) {
@@ -436,7 +456,11 @@ impl Actor for Session {
 impl Handler<Ask> for Session {
     type Result = ResponseFuture<Message>;
 
-    fn handle(&mut self, Ask(request): Ask, ctx: &mut Context<Self>) -> Self::Result {
+    fn handle(&mut self, Ask(incarnation, request): Ask, ctx: &mut Context<Self>) -> Self::Result {
+        if !self.machine.asks(incarnation) {
+            let text = "another connection speaks for this session since: this one is superseded";
+            return std::future::ready(refused(RefusalCode::Superseded, text)).boxed_local();
+        }
         if let Message::Credit(credit) = request {
             self.fetching.grant(credit.bytes);
             self.pump(ctx);
@@ -507,11 +531,11 @@ impl Handler<StreamEvent> for Session {
             }
             StreamFact::Lost { reason, .. } => {
                 warn!(session = %self.seed.id.short(), stream = event.index.0, reason, "stream lost");
-                self.stream_gone(&event, ctx);
+                self.stream_gone(event.index, event.incarnation, ctx);
             }
             StreamFact::Ended { clean } => {
                 debug!(session = %self.seed.id.short(), stream = event.index.0, clean, "stream closed");
-                self.stream_gone(&event, ctx);
+                self.stream_gone(event.index, event.incarnation, ctx);
             }
             StreamFact::Acknowledged(_) | StreamFact::Arrived(_) => {}
         }
@@ -541,7 +565,15 @@ impl Handler<StoreFailed> for Session {
 
     fn handle(&mut self, failed: StoreFailed, ctx: &mut Context<Self>) {
         self.full |= failed.full;
-        self.feed(Input::Fault(failed.reason), ctx);
+        self.feed(Input::BlockLost(failed.reason), ctx);
+    }
+}
+
+impl Handler<Revoke> for Session {
+    type Result = ();
+
+    fn handle(&mut self, _: Revoke, ctx: &mut Context<Self>) {
+        self.feed(Input::Fault("the agent was revoked".into()), ctx);
     }
 }
 

@@ -3,7 +3,7 @@
 //! Registration precedes join (G3): the answer to `OpenSession` is sent only after the session stands in the map, and a
 //! stream can only ask to join with the token of that answer. It ends when the server stops.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use actix::{
@@ -11,7 +11,7 @@ use actix::{
     WrapFuture,
 };
 use futures_util::FutureExt;
-use strandline_messages::mail::{Peer, StoreFailed};
+use strandline_messages::mail::Peer;
 use strandline_messages::wire::{
     Attach, Attached, Committed, Message, OpenSession, RefusalCode, Refused, SessionKind, SessionOpened,
 };
@@ -21,7 +21,7 @@ use tracing::info;
 use crate::machines::session::SessionLimits;
 use crate::ports::{Host, Opening};
 use crate::session::{
-    AttachControl, Observe, Push, Quiesce, Session, SessionEnded, SessionSeed, SessionView, Supersede,
+    AttachControl, Observe, Push, Quiesce, Revoke, Session, SessionEnded, SessionSeed, SessionView, Supersede,
 };
 use crate::stream::{JoinGranted, JoinSession};
 
@@ -99,14 +99,14 @@ struct Entry {
 pub struct SessionRegistry {
     host: Arc<dyn Host>,
     settings: SessionSettings,
-    sessions: HashMap<SessionId, Entry>,
+    sessions: BTreeMap<SessionId, Entry>,
     stopping: bool,
 }
 
 impl SessionRegistry {
     /// No sessions yet.
     pub fn new(host: Arc<dyn Host>, settings: SessionSettings) -> Self {
-        Self { host, settings, sessions: HashMap::new(), stopping: false }
+        Self { host, settings, sessions: BTreeMap::new(), stopping: false }
     }
 
     fn find(&self, peer: &Peer, id: SessionId, token: &SessionToken) -> Result<&Entry, Refused> {
@@ -260,7 +260,7 @@ impl Handler<EndSessionsOf> for SessionRegistry {
 
     fn handle(&mut self, EndSessionsOf(agent): EndSessionsOf, _: &mut Context<Self>) {
         for entry in self.sessions.values().filter(|entry| entry.peer.agent == agent) {
-            entry.session.do_send(StoreFailed { full: false, reason: "the agent was revoked".to_owned() });
+            entry.session.do_send(Revoke);
         }
     }
 }

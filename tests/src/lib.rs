@@ -12,3 +12,4 @@ pub mod random;
 pub mod ranges;
 pub mod rig;
 pub mod sockets;
+pub mod world;

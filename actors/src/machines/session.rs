@@ -56,6 +56,8 @@ pub enum Input {
     Refused,
     /// The agent gives up.
     Abort(String),
+    /// A block could not be stored.
+    BlockLost(String),
     /// Something broke for good.
     Fault(String),
     /// The session has served its purpose (restore sessions end so).
@@ -104,6 +106,8 @@ pub struct SessionMachine {
     limits: SessionLimits,
     state: State,
     incarnation: Incarnation,
+    /// The last one that has asked for something: so its agent knows of it.
+    heard_of: Incarnation,
     control: bool,
     streams: u32,
     watermark: u64,
@@ -119,6 +123,7 @@ impl SessionMachine {
             limits,
             state: State::Opened,
             incarnation: Incarnation(1),
+            heard_of: Incarnation(1),
             control: true,
             streams: 0,
             watermark: 0,
@@ -166,15 +171,25 @@ impl SessionMachine {
     }
 
     /// A control connection wants to speak for the session; it last had incarnation `known`. Gives the new incarnation, or
-    /// `None` if another connection has taken over since.
+    /// `None` if another connection has taken over since. One counts only once it has asked for something: until then its
+    /// agent may never have heard of it.
     pub fn attach(&mut self, known: Incarnation) -> Option<Incarnation> {
-        if known != self.incarnation {
+        if known < self.heard_of || known > self.incarnation {
             return None;
         }
         self.incarnation = Incarnation(self.incarnation.0 + 1);
         self.control = true;
         self.alone_since = None;
         Some(self.incarnation)
+    }
+
+    /// The connection of this incarnation asks for something; whether it still speaks for the session.
+    pub fn asks(&mut self, incarnation: Incarnation) -> bool {
+        let speaks = incarnation == self.incarnation;
+        if speaks {
+            self.heard_of = incarnation;
+        }
+        speaks
     }
 
     /// Feeds one input at time `now`.
@@ -208,8 +223,10 @@ impl SessionMachine {
                 self.progressed = now;
             }
             Input::ControlLost(_) | Input::Watermark(_) | Input::Committed | Input::Missing | Input::Refused => {}
+            // Every block of the session is durable: it was another copy of one of them.
+            Input::BlockLost(_) if self.state == State::Committing => {}
             Input::Abort(reason) => self.end(Terminal::Aborted, &reason),
-            Input::Fault(reason) => self.end(Terminal::Failed, &reason),
+            Input::BlockLost(reason) | Input::Fault(reason) => self.end(Terminal::Failed, &reason),
             Input::Finish => self.end(Terminal::Committed, "finished"),
             Input::Tick => self.tick(now),
         }
@@ -338,7 +355,33 @@ mod tests {
         session.handle(now, Input::ControlLost(Incarnation(1)));
         session.handle(now + 60 * MINUTE, Input::Tick);
         assert_eq!(outputs(&mut session), []);
+        assert!(session.asks(Incarnation(2)) && !session.asks(Incarnation(1)));
         assert_eq!(session.attach(Incarnation(1)), None, "a superseded incarnation may not come back");
+    }
+
+    #[test]
+    fn s06_an_agent_that_never_heard_that_it_was_attached_may_attach_again() {
+        let mut session = SessionMachine::new(SessionLimits::default(), clock::now());
+        assert_eq!(session.attach(Incarnation(1)), Some(Incarnation(2)));
+        assert_eq!(session.attach(Incarnation(1)), Some(Incarnation(3)), "the answer was lost");
+        assert!(!session.asks(Incarnation(2)) && session.asks(Incarnation(3)));
+        assert_eq!(session.attach(Incarnation(1)), None, "it has heard of the third");
+        assert_eq!(session.attach(Incarnation(5)), None, "never given");
+        assert_eq!(session.attach(Incarnation(3)), Some(Incarnation(4)));
+    }
+
+    #[test]
+    fn s06_another_copy_of_a_block_may_fail_while_the_session_commits() {
+        let now = clock::now();
+        let mut session = receiving(now);
+        session.handle(now, Input::BlockLost("the lease is gone".into()));
+        assert!(session.ended().is_some());
+        let mut session = receiving(now);
+        session.handle(now, Input::Watermark(5));
+        session.handle(now, Input::Commit { blocks: 5 });
+        session.handle(now, Input::BlockLost("the lease is gone".into()));
+        session.handle(now, Input::Committed);
+        assert_eq!(session.ended(), Some(Terminal::Committed));
     }
 
     #[test]

@@ -1,11 +1,10 @@
-//! The one place that asks the operating system for the time.
+//! The one place that asks for the time.
 
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-/// Monotonic time: for time-outs and rates.
-#[expect(clippy::disallowed_methods, reason = "this is the place that wraps it")]
+/// Monotonic time, of the same clock as the runtime's timers: for time-outs and rates. A simulation holds both.
 pub fn now() -> Instant {
-    Instant::now()
+    tokio::time::Instant::now().into_std()
 }
 
 /// Wall time since 1970 by this machine's clock; before 1970 it is zero. For people and file names, never for safety.

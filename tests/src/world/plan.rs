@@ -1,0 +1,146 @@
+//! What a seed means: how many of everything there are, and what will go wrong when.
+
+use std::time::Duration;
+
+use crate::random::Random;
+
+/// How a direction of a connection ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ending {
+    /// Both directions fail; what was under way is lost.
+    Reset,
+    /// The reader sees the end of the stream where the cut is, and nothing can be written any more.
+    Finish,
+    /// Nothing more arrives, and nobody says so.
+    Stall,
+}
+
+/// What becomes of one connection.
+#[derive(Clone, Copy, Debug)]
+pub struct LinePlan {
+    /// One way.
+    pub latency: Duration,
+    /// Added to the latency of each piece, at most.
+    pub jitter: Duration,
+    /// `None`: as fast as it goes.
+    pub bytes_per_second: Option<u64>,
+    /// Bytes under way in each direction before the writer waits.
+    pub room_bytes: usize,
+    /// Where the direction to the server ends, bytes, and how; then the other direction.
+    pub cuts: [Option<(u64, Ending)>; 2],
+}
+
+/// Something that happens to a process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Blow {
+    /// The server dies and comes back after so long.
+    KillServer(Duration),
+    /// The agent of this number dies; whoever runs it starts it again after so long.
+    KillAgent(usize, Duration),
+    /// Every connection is reset.
+    CutEverything,
+    /// Writing to the server's disk fails for so long: with an error of the disk, or because it is full.
+    FailDisk(Duration, bool),
+}
+
+/// The whole of it.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// Agents.
+    pub agents: usize,
+    /// Streams of each session.
+    pub streams: u16,
+    /// Backups that each agent makes, one after the other.
+    pub backups: usize,
+    /// Chunks that a backup refers to, at most.
+    pub chunks: usize,
+    /// Different chunks there are.
+    pub universe: usize,
+    /// In 100 connections, how many are cut.
+    pub cut_percent: u64,
+    /// In 100 connections, how many are slow.
+    pub slow_percent: u64,
+    /// Latency of all connections, at most.
+    pub latency: Duration,
+    /// Writing a block takes at most so long, and syncing it again.
+    pub disk: Duration,
+    /// What happens when.
+    pub blows: Vec<(Duration, Blow)>,
+}
+
+/// A number below `usual`, in `percent` of 100 cases one below `other`.
+fn mostly(random: &mut Random, usual: u64, other: u64, percent: u64) -> u64 {
+    let bound = if random.percent(percent) { other } else { usual };
+    random.below(bound)
+}
+
+/// Connections are cut, processes killed and disks fail only before this; then the world is calm and must come to its end.
+pub const STORM: Duration = Duration::from_mins(3);
+
+impl Plan {
+    /// What this seed means.
+    pub fn of(seed: u64) -> Self {
+        let mut random = Random::new(seed ^ 0x5eed);
+        let profile = random.below(6);
+        let small = random.percent(50);
+        let mut plan = Self {
+            agents: 1 + random.index(if small { 2 } else { 4 }),
+            streams: 1 + u16::try_from(random.below(6)).unwrap_or(0),
+            backups: 1 + random.index(3),
+            chunks: 20 + random.index(if small { 60 } else { 400 }),
+            universe: 100 + random.index(800),
+            cut_percent: 0,
+            slow_percent: 0,
+            latency: Duration::from_micros(50 + mostly(&mut random, 2_000, 200_000, 30)),
+            disk: Duration::from_micros(100 + mostly(&mut random, 20_000, 400_000, 20)),
+            blows: Vec::new(),
+        };
+        // 0: calm. Later ones have more of everything.
+        if profile >= 1 {
+            plan.cut_percent = random.below(60);
+            plan.slow_percent = random.below(15);
+        }
+        if profile >= 2 {
+            let count = 1 + random.index(if profile >= 5 { 12 } else { 3 });
+            for _ in 0..count {
+                let at = Duration::from_millis(mostly(&mut random, 100_000, 4_000, 60));
+                let away = Duration::from_millis(10 + mostly(&mut random, 2_000, 40_000, 20));
+                let blow = match random.below(if profile >= 4 { 8 } else { 6 }) {
+                    0..3 => Blow::KillServer(away),
+                    3 | 4 => Blow::KillAgent(random.index(plan.agents), away),
+                    5 => Blow::CutEverything,
+                    full => Blow::FailDisk(away, full == 6),
+                };
+                plan.blows.push((at, blow));
+            }
+            plan.blows.sort_by_key(|(at, _)| *at);
+        }
+        plan
+    }
+
+    /// What becomes of the next connection that is made at `age`.
+    pub fn line(&self, random: &mut Random, age: Duration) -> LinePlan {
+        let stormy = age < STORM;
+        let mut cuts = [None, None];
+        if stormy && random.percent(self.cut_percent) {
+            let way = random.index(2);
+            let after = if random.percent(50) { random.below(400) } else { random.below(60_000) };
+            let ending = match random.below(5) {
+                0 | 1 => Ending::Reset,
+                2 | 3 => Ending::Finish,
+                _ => Ending::Stall,
+            };
+            if let Some(cut) = cuts.get_mut(way) {
+                *cut = Some((after, ending));
+            }
+        }
+        let slow = stormy && random.percent(self.slow_percent);
+        LinePlan {
+            latency: Duration::from_micros(random.below(self.latency.as_micros().try_into().unwrap_or(u64::MAX)) + 20),
+            jitter: Duration::from_micros(random.below(2_000)),
+            bytes_per_second: slow.then(|| 200 + random.below(20_000)),
+            room_bytes: 512 << random.below(8),
+            cuts,
+        }
+    }
+}
