@@ -1,7 +1,7 @@
 //! The pack writer: the only thing that makes blocks durable, and so the only [`DurableWriter`].
 //!
-//! Two threads per repository, started with the first block. One ([`append`]) owns the open packs (one per writer domain)
-//! and writes each block behind the last one as it comes. The other ([`commit`]) syncs what was written, has it indexed,
+//! Two threads per repository, started with the first block. One (`append`) owns the open packs (one per writer domain)
+//! and writes each block behind the last one as it comes. The other (`commit`) syncs what was written, has it indexed,
 //! and only then confirms it. What is written while it syncs makes the next group; so a disk is never idle while there is
 //! something to write, one sync serves as many blocks as came meanwhile, and nobody waits for a group to fill.
 //!
