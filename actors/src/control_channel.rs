@@ -21,6 +21,7 @@ use tracing::{debug, info, warn};
 
 use crate::dispatcher::{DispatchFailed, LearnDurable, SendAgain, UseSession};
 use crate::machines::reconnect::{Next, Policy, Reconnect};
+use crate::planted::{self, Bug};
 use crate::runtime::clock;
 use crate::runtime::link::{FrameArrived, Link, ReadEnded, Wrote};
 use crate::runtime::transport::{ConnectFault, Connection, Connector, open};
@@ -250,7 +251,7 @@ impl ControlChannel {
             self.send(tag, &Message::OpenSession(request), ctx);
         }
         let again: Vec<_> = self.pending.iter().map(|(tag, pending)| (*tag, pending.request.on(&self.nonce))).collect();
-        for (tag, message) in again {
+        for (tag, message) in again.into_iter().filter(|_| !planted::here(Bug::ForgetsUnansweredRequests)) {
             self.send(tag, &message, ctx);
         }
     }
@@ -407,6 +408,7 @@ impl ControlChannel {
     fn resume(&mut self, ctx: &mut Context<Self>) {
         let Some(attachment) = &self.attachment else { return };
         let old = attachment.opened.as_ref().map(|opened| opened.session);
+        let old = old.filter(|_| !planted::here(Bug::ForgetsTheOldSession));
         let request = (attachment.opener)(&self.nonce, old);
         let tag = self.tag();
         self.own = Some(Own::Resume(tag));
@@ -419,7 +421,9 @@ impl ControlChannel {
                 warn!("the server had lost the session; another one carries on for it");
                 self.session_opened(&opened);
                 // A commit names the number of blocks of its session: it must be asked anew.
-                self.settle_commits(&Err(AskError::Replaced));
+                if !planted::here(Bug::CommitsWithTheOldCount) {
+                    self.settle_commits(&Err(AskError::Replaced));
+                }
                 self.become_ready(ctx);
             }
             Message::Committed(committed) => {
@@ -455,7 +459,7 @@ impl ControlChannel {
             self.heard = now;
         }
         let quiet = now.saturating_duration_since(self.heard);
-        if quiet >= SILENCE_MAX {
+        if quiet >= SILENCE_MAX && !planted::here(Bug::WaitsForAStalledServer) {
             self.lost("the server says nothing", ctx);
         } else if quiet >= PING_AFTER && !self.pinged {
             self.pinged = true;

@@ -21,6 +21,7 @@ use tracing::{debug, warn};
 
 use crate::control_channel::{AskError, AskServer, ControlChannel, TellServer};
 use crate::dispatcher::{DispatchFailed, FinishDispatch, LearnDurable, SendAgain, UseSession};
+use crate::planted::{self, Bug};
 use crate::runtime::clock;
 use crate::stream_pool::{PoolSettings, Reaction, StreamPool};
 
@@ -77,8 +78,12 @@ pub struct Fetcher {
     control: Addr<ControlChannel>,
     requests: BTreeMap<u32, Request>,
     next_request: u32,
-    /// Credit that has not been told yet: it is told in pieces worth a message.
-    owed: u64,
+    /// Credit granted to this session in all, and how much of that the server was told of: in pieces worth a message.
+    granted: u64,
+    told: u64,
+    /// What blocks that came and are not used yet have cost; and how much of it an older session granted.
+    in_use: u64,
+    of_older_session: u64,
     started: bool,
     /// Streams lost so far: a request that is not answered in full is asked again only after a loss.
     losses: u64,
@@ -95,7 +100,10 @@ impl Fetcher {
             control,
             requests: BTreeMap::new(),
             next_request: 0,
-            owed: 0,
+            granted: 0,
+            told: 0,
+            in_use: 0,
+            of_older_session: 0,
             started: false,
             losses: 0,
             regrants: 0,
@@ -157,6 +165,7 @@ impl Fetcher {
         };
         request.arrived += 1;
         request.cost += cost;
+        self.in_use += cost;
         request.heard = clock::now();
         (request.taker)(frame.block);
         self.finish_if_complete(number);
@@ -179,9 +188,12 @@ impl Fetcher {
         let now = clock::now();
         let starved =
             |request: &Request| request.done.is_none() && now.saturating_duration_since(request.heard) >= QUIET;
-        if self.regrants < REGRANTS_PER_LOSS * self.losses && self.requests.values().any(starved) {
+        if self.regrants < REGRANTS_PER_LOSS * self.losses
+            && self.requests.values().any(starved)
+            && !planted::here(Bug::LosesCreditWithStreams)
+        {
             self.regrants += 1;
-            self.owed += limits::BLOCK_BYTES_MAX as u64;
+            self.granted += limits::BLOCK_BYTES_MAX as u64;
             for request in self.requests.values_mut() {
                 request.heard = now;
             }
@@ -191,7 +203,7 @@ impl Fetcher {
     /// Asks again for what was on streams that died.
     fn ask_again(&mut self, ctx: &mut Context<Self>) {
         let now = clock::now();
-        if self.losses == 0 {
+        if self.losses == 0 || planted::here(Bug::NeverFetchesAgain) {
             return;
         }
         self.grant_lost_credit();
@@ -202,7 +214,9 @@ impl Fetcher {
             let Some(mut request) = self.requests.remove(&number) else { continue };
             let lost = request.done.take().map_or(0, |done| done.cost.saturating_sub(request.cost));
             warn!(bytes = lost, "blocks were lost with a stream; fetching them again");
-            self.owed += lost;
+            if !planted::here(Bug::LosesCreditWithStreams) {
+                self.granted += lost;
+            }
             self.next_request = self.next_request.wrapping_add(1);
             let again = self.next_request;
             let (snapshot, ids) = (request.snapshot, request.ids.clone());
@@ -213,10 +227,14 @@ impl Fetcher {
     }
 
     fn pay(&mut self, least: u64) {
-        if self.owed >= least {
-            let bytes = std::mem::take(&mut self.owed);
-            self.control.do_send(TellServer(Message::Credit(Credit { bytes })));
+        if self.granted - self.told >= least {
+            self.tell();
         }
+    }
+
+    fn tell(&mut self) {
+        self.told = self.granted;
+        self.control.do_send(TellServer(Message::Credit(Credit { granted: self.granted })));
     }
 
     fn finish_when_closed(&mut self) {
@@ -247,18 +265,28 @@ impl Handler<UseSession> for Fetcher {
         // Another session begins with fresh credit; what the old one had under way is asked for again.
         if std::mem::replace(&mut self.started, true) {
             self.losses += 1;
-            self.owed = 0;
+            (self.granted, self.told) = (0, 0);
+            self.of_older_session = self.in_use;
+            for request in self.requests.values_mut() {
+                // One that the old session has answered is asked again when nothing comes; nothing of the new credit is lost.
+                request.arrived = 0;
+                request.cost = request.done.as_ref().map_or(0, |done| done.cost);
+            }
         }
         self.pool.adopt(grant);
         self.wake(ctx);
     }
 }
 
-/// A restore session has nothing durable to learn.
+/// A restore session has nothing durable to learn. But the server is there again, and may not have heard of the last credit.
 impl Handler<LearnDurable> for Fetcher {
     type Result = ();
 
-    fn handle(&mut self, _: LearnDurable, _: &mut Context<Self>) {}
+    fn handle(&mut self, _: LearnDurable, _: &mut Context<Self>) {
+        if !planted::here(Bug::LosesCreditWithConnections) {
+            self.tell();
+        }
+    }
 }
 
 /// A restore session sends nothing.
@@ -295,7 +323,11 @@ impl Handler<BlockUsed> for Fetcher {
     type Result = ();
 
     fn handle(&mut self, BlockUsed(bytes): BlockUsed, _: &mut Context<Self>) {
-        self.owed += Credit::cost(bytes);
+        let cost = Credit::cost(bytes);
+        self.in_use = self.in_use.saturating_sub(cost);
+        let granted_before = self.of_older_session.min(cost);
+        self.of_older_session -= granted_before;
+        self.granted += cost - granted_before;
         self.pay(1 << 20);
     }
 }
@@ -304,6 +336,8 @@ impl Handler<StreamEvent> for Fetcher {
     type Result = ();
 
     fn handle(&mut self, event: StreamEvent, ctx: &mut Context<Self>) {
+        // What an older session sent is sent again by the next: it counts the blocks of a request from the first.
+        let is_current = self.pool.is_current(&event);
         match self.pool.handle(&event, clock::now()) {
             Reaction::Lost(index, reason) => {
                 debug!(stream = index.0, reason, "stream lost");
@@ -314,7 +348,9 @@ impl Handler<StreamEvent> for Fetcher {
             Reaction::Closed => self.finish_when_closed(),
             Reaction::Nothing | Reaction::Ready(_) => {}
         }
-        if let StreamFact::Arrived(block) = event.fact {
+        if let StreamFact::Arrived(block) = event.fact
+            && is_current
+        {
             self.arrived(block);
         }
     }

@@ -14,6 +14,7 @@ use strandline_messages::{StreamIndex, limits};
 use tracing::warn;
 
 use crate::machines::gap_tracker as machine;
+use crate::planted::{self, Bug};
 use crate::runtime::clock;
 
 /// How long a hole may stand without progress before the agent is asked to send it again.
@@ -67,6 +68,12 @@ impl GapTracker {
     }
 
     fn state(&self) -> DurableState {
+        if planted::here(Bug::AcknowledgesOneTooMany) {
+            return DurableState { watermark: self.durable.watermark() + 1, ranges: Vec::new() };
+        }
+        if planted::here(Bug::AcknowledgesGaps) {
+            return DurableState { watermark: self.durable.end(), ranges: Vec::new() };
+        }
         let range = |range: std::ops::Range<u64>| SequenceRange { start: range.start, end: range.end };
         let ranges = self.durable.intervals().take(limits::RANGES_MAX).map(range).collect();
         DurableState { watermark: self.durable.watermark(), ranges }

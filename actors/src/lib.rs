@@ -9,6 +9,7 @@ pub mod dispatcher;
 pub mod fetcher;
 pub mod gap_tracker;
 pub mod machines;
+pub mod planted;
 pub mod ports;
 pub mod runtime;
 pub mod session;

@@ -21,12 +21,13 @@ use strandline_messages::wire::{
     Attached, ChunksKnown, Commit, Committed, FetchChunks, Message, MissingChunks, QueryChunks, RefusalCode, Refused,
     SessionKind, SessionStatus, join_ids, pack_bitmap, split_ids,
 };
-use strandline_messages::{Incarnation, RepositoryName, SessionId, SnapshotId, StreamIndex, limits};
+use strandline_messages::{ChunkId, Incarnation, RepositoryName, SessionId, SnapshotId, StreamIndex, limits};
 use tokio::sync::oneshot;
 use tracing::{debug, info, warn};
 
 use crate::gap_tracker::{AddListener, GapTracker, RemoveListener, StopTracking};
 use crate::machines::session::{Input, Output, SessionLimits, SessionMachine, Terminal};
+use crate::planted::{self, Bug};
 use crate::ports::{CommitOutcome, SessionStore, StoreFault};
 use crate::runtime::clock;
 use crate::session_fetch::Fetching;
@@ -174,6 +175,7 @@ impl Session {
         while let Some(output) = self.machine.poll_output() {
             match output {
                 Output::StartCommit => self.start_commit(ctx),
+                Output::CommitTooLate(_) if planted::here(Bug::ForgetsTheOutcome) => {}
                 Output::CommitTooLate(_) => {
                     let answer = self.outcome();
                     self.answer_waiting(&answer);
@@ -277,13 +279,16 @@ impl Session {
     }
 
     fn stop_when_alone(&mut self, ctx: &mut Context<Self>) {
-        if self.machine.ended().is_some() && self.streams.is_empty() && self.control.is_none() {
+        // Its lease is given back with the record: before that, it holds a collection up.
+        let recorded = self.recorded || planted::here(Bug::StopsBeforeItsEndIsRecorded);
+        if self.machine.ended().is_some() && recorded && self.streams.is_empty() && self.control.is_none() {
             ctx.stop();
         }
     }
 
     fn join(&mut self, request: JoinSession, ctx: &mut Context<Self>) -> Result<JoinGranted, Refused> {
-        if self.machine.ended().is_some() {
+        // A stream that was slow to connect may come when the others have done its work: it joins, and drains.
+        if self.machine.ended().is_some_and(|terminal| terminal != Terminal::Committed) {
             return Err(Refused::new(RefusalCode::Ended, format!("the session has ended: {}", self.ended_because)));
         }
         let (index, incarnation) = (request.join.index, request.join.incarnation);
@@ -365,13 +370,20 @@ impl Session {
 
     fn fetch(&mut self, fetch: &FetchChunks, ctx: &mut Context<Self>) -> ResponseFuture<Message> {
         let ids = split_ids(&fetch.ids, limits::FETCH_IDS_MAX);
-        let Some(ids) = ids.filter(|_| self.fetching.may_add()) else {
+        let Some(ids) = ids.filter(|_| self.fetching.may_add(fetch.request)) else {
             return std::future::ready(refused(RefusalCode::Invalid, "too many ids or fetches")).boxed_local();
         };
         let (sender, receiver) = oneshot::channel();
+        if self.fetching.ask(fetch.request, sender) {
+            self.locate(fetch, ids, ctx);
+        }
+        async move { receiver.await.unwrap_or_else(|_| refused(RefusalCode::Ended, "the session has ended")) }
+            .boxed_local()
+    }
+
+    fn locate(&mut self, fetch: &FetchChunks, ids: Vec<ChunkId>, ctx: &mut Context<Self>) {
         let request = fetch.request;
         let snapshot = Some(fetch.snapshot).filter(|snapshot| *snapshot != SnapshotId([0; 32]));
-        self.fetching.ask(request, sender);
         let locating = self.seed.store.locate(snapshot, ids.clone());
         ctx.spawn(locating.into_actor(self).map(move |places, session, ctx| {
             match places {
@@ -380,8 +392,6 @@ impl Session {
             }
             session.pump(ctx);
         }));
-        async move { receiver.await.unwrap_or_else(|_| refused(RefusalCode::Ended, "the session has ended")) }
-            .boxed_local()
     }
 
     /// Hands what was read to streams that have room, and reads what the credit covers.
@@ -400,8 +410,16 @@ impl Session {
         }
     }
 
-    /// A connection may end before it learns that it belongs to the session: then it says nothing when it goes.
     fn tick(&mut self, ctx: &mut Context<Self>) {
+        if !planted::here(Bug::OverlooksDeadConnections) {
+            self.notice_dead_connections(ctx);
+        }
+        self.feed(Input::Tick, ctx);
+        self.stop_when_alone(ctx);
+    }
+
+    /// A connection may end before it learns that it belongs to the session: then it says nothing when it goes.
+    fn notice_dead_connections(&mut self, ctx: &mut Context<Self>) {
         if self.control.as_ref().is_some_and(|control| !control.connected()) {
             self.control = None;
             self.feed(Input::ControlLost(self.machine.incarnation()), ctx);
@@ -411,8 +429,6 @@ impl Session {
         for (index, incarnation) in dead {
             self.stream_gone(index, incarnation, ctx);
         }
-        self.feed(Input::Tick, ctx);
-        self.stop_when_alone(ctx);
     }
 
     fn stream_gone(&mut self, index: StreamIndex, incarnation: Incarnation, ctx: &mut Context<Self>) {
@@ -462,7 +478,7 @@ impl Handler<Ask> for Session {
             return std::future::ready(refused(RefusalCode::Superseded, text)).boxed_local();
         }
         if let Message::Credit(credit) = request {
-            self.fetching.grant(credit.bytes);
+            self.fetching.grant(credit.granted);
             self.pump(ctx);
             return std::future::ready(Message::Credit(credit)).boxed_local();
         }

@@ -9,6 +9,7 @@ use strandline_messages::{ChunkId, Sequence, StreamIndex, limits};
 use tokio::sync::oneshot;
 
 use crate::machines::fetch::{Errand, FetchQueue};
+use crate::planted::{self, Bug};
 use crate::ports::{BlockPlace, StoreFault};
 
 /// Blocks being read from storage, and read but not yet given to a stream: enough to keep a disk busy, and what a restore
@@ -40,6 +41,8 @@ pub struct Fetching {
     lanes: BTreeMap<StreamIndex, Lane>,
     turn: u64,
     waiting: HashMap<u32, oneshot::Sender<Message>>,
+    /// The last answers, which an agent whose connection was lost asks for again: it has no more open than these.
+    answered: VecDeque<FetchDone>,
 }
 
 impl Fetching {
@@ -53,18 +56,30 @@ impl Fetching {
             lanes: BTreeMap::new(),
             turn: 0,
             waiting: HashMap::new(),
+            answered: VecDeque::new(),
         }
     }
 
-    /// Whether another request may be taken on.
-    pub fn may_add(&self) -> bool {
-        self.asked.len() + self.queue.open_requests() < limits::FETCHES_OUTSTANDING_MAX
+    /// Whether this request may be taken on.
+    pub fn may_add(&self, request: u32) -> bool {
+        self.waiting.contains_key(&request)
+            || self.asked.len() + self.queue.open_requests() < limits::FETCHES_OUTSTANDING_MAX
     }
 
-    /// Gives a request its place in the order; `answer` is told when its last block is on its way.
-    pub fn ask(&mut self, request: u32, answer: oneshot::Sender<Message>) {
-        self.waiting.insert(request, answer);
+    /// Gives a request its place in the order; `answer` is told when its last block is on its way. Whether it is new: one that
+    /// comes again over another connection is answered, and its blocks are sent, once. The agent counts them.
+    pub fn ask(&mut self, request: u32, answer: oneshot::Sender<Message>) -> bool {
+        let done = self.answered.iter().find(|done| done.request == request);
+        if let Some(done) = done.filter(|_| !planted::here(Bug::ServesTheSameFetchTwice)) {
+            // Whoever asks may be gone again.
+            let _ = answer.send(Message::FetchDone(done.clone()));
+            return false;
+        }
+        if self.waiting.insert(request, answer).is_some() && !planted::here(Bug::ServesTheSameFetchTwice) {
+            return false;
+        }
         self.asked.push_back((request, None));
+        true
     }
 
     /// It is known where the request's chunks are. It is taken on once every earlier one is.
@@ -92,9 +107,9 @@ impl Fetching {
         }
     }
 
-    /// The agent has made room.
-    pub fn grant(&mut self, bytes: u64) {
-        self.queue.grant(bytes);
+    /// The agent has made room for so many bytes in all.
+    pub fn grant(&mut self, granted: u64) {
+        self.queue.grant(granted);
     }
 
     /// The next block to read from storage.
@@ -153,11 +168,14 @@ impl Fetching {
     }
 
     fn tell(&mut self, done: Option<FetchDone>) {
-        if let Some(done) = done
-            && let Some(answer) = self.waiting.remove(&done.request)
-        {
+        let Some(done) = done else { return };
+        if let Some(answer) = self.waiting.remove(&done.request) {
             // Whoever asked may be gone; it will ask again over its next connection.
-            let _ = answer.send(Message::FetchDone(done));
+            let _ = answer.send(Message::FetchDone(done.clone()));
+        }
+        self.answered.push_back(done);
+        if self.answered.len() > limits::FETCHES_OUTSTANDING_MAX {
+            self.answered.pop_front();
         }
     }
 }
@@ -184,6 +202,25 @@ mod tests {
         assert_eq!(fetching.next_read().map(|errand| errand.request), Some(1));
         fetching.grant(1 << 20);
         assert_eq!(fetching.next_read().map(|errand| errand.request), Some(2));
+    }
+
+    #[test]
+    fn s06_a_request_that_comes_again_is_served_once_and_answered_to_whoever_asked_last() {
+        let mut fetching = Fetching::new(1 << 20);
+        fetching.stream_joined(StreamIndex(0));
+        let (lost, _) = oneshot::channel();
+        assert!(fetching.ask(1, lost));
+        let (second, mut answered) = oneshot::channel();
+        assert!(!fetching.ask(1, second), "it is being served");
+        fetching.located(1, wanted(1));
+        let errand = fetching.next_read().unwrap();
+        fetching.read_ended(errand, Ok(Bytes::from_static(b"block")));
+        assert!(fetching.next_send().is_some());
+        assert!(matches!(answered.try_recv(), Ok(Message::FetchDone(done)) if done.blocks == 1));
+        let (third, mut answered) = oneshot::channel();
+        assert!(!fetching.ask(1, third), "it has been served");
+        assert!(matches!(answered.try_recv(), Ok(Message::FetchDone(done)) if done.blocks == 1));
+        assert_eq!((fetching.next_read(), fetching.next_send().is_none()), (None, true));
     }
 
     #[test]

@@ -19,6 +19,7 @@ use strandline_messages::{AgentId, Incarnation, SessionId, SessionToken};
 use tracing::info;
 
 use crate::machines::session::SessionLimits;
+use crate::planted::{self, Bug};
 use crate::ports::{Host, Opening};
 use crate::session::{
     AttachControl, Observe, Push, Quiesce, Revoke, Session, SessionEnded, SessionSeed, SessionView, Supersede,
@@ -154,7 +155,14 @@ impl SessionRegistry {
             registry: ctx.address().recipient(),
         })
         .start();
-        self.sessions.insert(id, Entry { session: session.clone(), peer, token });
+        let entry = Entry { session: session.clone(), peer, token };
+        if planted::here(Bug::AnswersBeforeItRegisters) {
+            ctx.run_later(std::time::Duration::from_millis(200), move |registry, _| {
+                registry.sessions.insert(id, entry);
+            });
+        } else {
+            self.sessions.insert(id, entry);
+        }
         let incarnation = Incarnation(1);
         let answer = Message::SessionOpened(SessionOpened {
             session: id,

@@ -14,6 +14,7 @@ use strandline_messages::{Incarnation, SessionId, SessionToken, StreamIndex};
 
 use crate::machines::reconnect::{Next, Policy, Reconnect};
 use crate::machines::stream::StreamLimits;
+use crate::planted::{self, Bug};
 use crate::runtime::transport::{Connector, UploadLimit};
 use crate::stream::{Origin, Stream};
 
@@ -143,17 +144,18 @@ impl StreamPool {
         for index in 0..self.slots.len() {
             let due = self.slots.get(index).is_some_and(|slot| match slot.place {
                 Place::Empty => slot.retry_at.is_none_or(|at| at <= now),
-                Place::Waiting(at) => at <= now,
+                Place::Waiting(at) => at <= now && !planted::here(Bug::NeverReplacesStreams),
                 _ => false,
             });
             if due {
-                self.start(index, owner);
+                self.start(index, owner, now);
             }
         }
     }
 
-    fn start(&mut self, index: usize, owner: &Recipient<StreamEvent>) {
+    fn start(&mut self, index: usize, owner: &Recipient<StreamEvent>, now: Instant) {
         let (Some(grant), Some(slot)) = (&self.grant, self.slots.get_mut(index)) else { return };
+        slot.reconnect.attempts(now);
         let first = slot.incarnation.0 <= 1;
         slot.incarnation.0 += 1;
         self.reconnects += u64::from(!first);
@@ -206,7 +208,8 @@ impl StreamPool {
                 Reaction::Ready(index)
             }
             StreamFact::Written(_) => {
-                slot.ahead = slot.ahead.saturating_sub(1);
+                let written = usize::from(!planted::here(Bug::ForgetsWhatWasWritten));
+                slot.ahead = slot.ahead.saturating_sub(written);
                 Reaction::Ready(index)
             }
             StreamFact::Acknowledged(_) | StreamFact::Arrived(_) => {

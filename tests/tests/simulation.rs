@@ -1,17 +1,32 @@
-//! Seeds of the simulated world. `STRAND_SEEDS=N` runs N of them, `STRAND_SEED=S` one, with its trace in words.
+//! Seeds of the simulated world. `STRAND_SEEDS=N` runs N of them, `STRAND_SEED=S` one, with its trace in words;
+//! `STRAND_CUTS=1` cuts a session at every byte instead of at some.
 
 use std::env;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::thread;
 
-use anyhow::{Context, Result, ensure};
-use strandline_tests::world::run::{Report, run};
+use anyhow::{Context, Result, bail, ensure};
+use strandline_actors::planted::{ALL, Bug, plant};
+use strandline_tests::world::plan::{Ending, OneCut, Plan};
+use strandline_tests::world::run::{Report, run, run_plan};
 
 /// Seeds of an ordinary run.
 const SEEDS: u64 = 2000;
+/// Seeds within which a planted bug must be found.
+const SEEDS_FOR_A_BUG: u64 = 400;
+/// In an ordinary run, only every so many bytes of a session are cut at.
+const STRIDE: u64 = 61;
+/// A session that is cut at every byte sends about as many, in each direction.
+const SESSION_BYTES: u64 = 64 << 10;
 
-/// Runs a seed on a runtime whose time stands still while anybody works.
-fn simulate(seed: u64, tells: bool) -> Result<Report> {
+/// Runs something on a runtime whose time stands still while anybody works.
+fn held<T>(future: impl Future<Output = T>) -> Result<T> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build()?;
-    Ok(actix_rt::System::with_tokio_rt(|| runtime).block_on(run(seed, tells)))
+    Ok(actix_rt::System::with_tokio_rt(|| runtime).block_on(future))
+}
+
+fn simulate(seed: u64, tells: bool) -> Result<Report> {
+    held(run(seed, tells))
 }
 
 fn number(variable: &str) -> Result<Option<u64>> {
@@ -25,6 +40,32 @@ fn explain(report: &Report) -> String {
     )
 }
 
+/// Does `work` for every number below `count`, on as many threads as there are processors, until one fails.
+fn share_out(count: u64, work: impl Fn(u64) -> Result<()> + Sync) -> Result<()> {
+    let next = AtomicU64::new(0);
+    let threads = thread::available_parallelism().map_or(1, usize::from);
+    thread::scope(|scope| {
+        let worker = || -> Result<()> {
+            loop {
+                let number = next.fetch_add(1, Ordering::Relaxed);
+                if number >= count {
+                    return Ok(());
+                }
+                // The others stop, too.
+                work(number).inspect_err(|_| next.store(count, Ordering::Relaxed))?;
+            }
+        };
+        let workers: Vec<_> = (0..threads).map(|_| scope.spawn(worker)).collect();
+        for worker in workers {
+            match worker.join() {
+                Ok(result) => result?,
+                Err(_) => bail!("a thread panicked"),
+            }
+        }
+        Ok(())
+    })
+}
+
 #[test]
 fn the_same_seed_gives_the_same_trace() -> Result<()> {
     for seed in 0..60 {
@@ -32,6 +73,18 @@ fn the_same_seed_gives_the_same_trace() -> Result<()> {
         let differs = first.trace.2.iter().zip(&second.trace.2).find(|(one, other)| one != other);
         ensure!(differs.is_none(), "seed {seed}: {differs:?}");
         ensure!(first.trace.0 == second.trace.0, "seed {seed}: one trace goes on where the other ends");
+    }
+    Ok(())
+}
+
+/// Those that have found something once.
+#[test]
+fn seeds_that_broke_a_promise_before_its_fault_was_fixed_keep_it_now() -> Result<()> {
+    let seeds = include_str!("../seeds.txt").lines().filter(|line| !line.starts_with('#'));
+    for line in seeds {
+        let seed = line.split_whitespace().next().context("an empty line")?;
+        let report = simulate(seed.parse().context("not a seed")?, false)?;
+        ensure!(report.broken.is_empty(), "{}", explain(&report));
     }
     Ok(())
 }
@@ -44,19 +97,82 @@ fn seeds_of_the_simulated_world_keep_every_promise() -> Result<()> {
         ensure!(report.broken.is_empty(), "{}", explain(&report));
         return Ok(());
     }
-    let seeds = number("STRAND_SEEDS")?.unwrap_or(SEEDS);
-    let (mut snapshots, mut connections) = (0, 0);
-    let mut broken = Vec::new();
-    for seed in 0..seeds {
-        let report = simulate(seed, false)?;
-        snapshots += report.snapshots;
-        connections += report.connections;
-        if !report.broken.is_empty() {
-            broken.push(explain(&report));
+    let (seeds, first) = (number("STRAND_SEEDS")?.unwrap_or(SEEDS), number("STRAND_FIRST_SEED")?.unwrap_or(0));
+    let (snapshots, restores, connections) = (AtomicUsize::new(0), AtomicU64::new(0), AtomicU64::new(0));
+    share_out(seeds, |seed| {
+        let report = simulate(first + seed, false)?;
+        ensure!(report.broken.is_empty(), "{}", explain(&report));
+        snapshots.fetch_add(report.snapshots, Ordering::Relaxed);
+        restores.fetch_add(report.restores, Ordering::Relaxed);
+        connections.fetch_add(report.connections, Ordering::Relaxed);
+        Ok(())
+    })?;
+    println!("{seeds} seeds, {snapshots:?} snapshots, {restores:?} restores, {connections:?} connections");
+    Ok(())
+}
+
+/// A backup over one stream of `SESSION_BYTES`, and its restore: the connections of the backup are 0 (control) and 1 (data),
+/// those of the restore 2 and 3.
+#[test]
+fn s21_a_session_that_is_cut_at_any_byte_in_any_way_ends_well() -> Result<()> {
+    let stride = if number("STRAND_CUTS")?.is_some() { 1 } else { STRIDE };
+    let cuts = AtomicU64::new(0);
+    for (connection, way) in [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1), (3, 0), (3, 1)] {
+        for ending in [Ending::Reset, Ending::Finish, Ending::Stall] {
+            let before = cuts.load(Ordering::Relaxed);
+            let offsets = (SESSION_BYTES + 2048) / stride;
+            // Beyond the last byte nothing is cut, and the rest of the offsets need no run.
+            let end = AtomicU64::new(u64::MAX);
+            share_out(offsets, |number| {
+                let after = number * stride;
+                if after > end.load(Ordering::Relaxed) {
+                    return Ok(());
+                }
+                let cut = OneCut { connection, way, after, ending };
+                let report = held(run_plan(1, Plan::one_cut(cut), false))?;
+                ensure!(report.broken.is_empty(), "{cut:?}: {:#?}", report.broken);
+                ensure!((report.snapshots, report.restores) == (1, 1), "{cut:?}: {report:?}");
+                cuts.fetch_add(report.cuts, Ordering::Relaxed);
+                if report.cuts == 0 {
+                    end.fetch_min(after, Ordering::Relaxed);
+                }
+                Ok(())
+            })?;
+            let here = cuts.load(Ordering::Relaxed) - before;
+            ensure!(here > 0, "connection {connection}, way {way}: nothing was cut");
+            println!("connection {connection}, way {way}, {ending:?}: {here} cuts");
         }
-        ensure!(broken.len() < 5, "{}", broken.join("\n\n"));
     }
-    ensure!(broken.is_empty(), "{}", broken.join("\n\n"));
-    println!("{seeds} seeds, {snapshots} snapshots, {connections} connections");
+    println!("{cuts:?} cuts, each at another byte or in another way");
+    Ok(())
+}
+
+/// What finds a bug: its seed, and the promise that was broken.
+fn hunt(bug: Bug) -> Result<Option<(u64, String)>> {
+    plant(Some(bug));
+    let mut found = None;
+    for seed in 0..SEEDS_FOR_A_BUG {
+        if let Some(broken) = simulate(seed, false)?.broken.first() {
+            found = Some((seed, broken.clone()));
+            break;
+        }
+    }
+    plant(None);
+    Ok(found)
+}
+
+#[test]
+fn every_planted_bug_is_found() -> Result<()> {
+    let escaped = parking_lot::Mutex::new(Vec::new());
+    share_out(ALL.len() as u64, |number| {
+        let bug = *ALL.get(usize::try_from(number)?).context("no such bug")?;
+        match hunt(bug)? {
+            Some((seed, broken)) => println!("{bug:?}: seed {seed}, {broken}"),
+            None => escaped.lock().push(bug),
+        }
+        Ok(())
+    })?;
+    let escaped = escaped.into_inner();
+    ensure!(escaped.is_empty(), "not found within {SEEDS_FOR_A_BUG} seeds: {escaped:?}");
     Ok(())
 }

@@ -37,12 +37,14 @@ pub struct FetchQueue {
     waiting: VecDeque<Errand>,
     open: BTreeMap<u32, Open>,
     credit: u64,
+    /// The highest sum that the agent has granted.
+    granted: u64,
 }
 
 impl FetchQueue {
     /// Nothing asked for yet; `credit` bytes may be sent.
     pub fn new(credit: u64) -> Self {
-        Self { waiting: VecDeque::new(), open: BTreeMap::new(), credit }
+        Self { waiting: VecDeque::new(), open: BTreeMap::new(), credit, granted: 0 }
     }
 
     /// Requests that are not answered yet.
@@ -69,9 +71,11 @@ impl FetchQueue {
         if finished { self.answer(request) } else { None }
     }
 
-    /// The agent has taken bytes off its streams.
-    pub fn grant(&mut self, bytes: u64) {
-        self.credit = self.credit.saturating_add(bytes);
+    /// The agent grants so many bytes in all. An older sum that comes late, or the same again, changes nothing.
+    pub fn grant(&mut self, granted: u64) {
+        let more = granted.saturating_sub(self.granted);
+        self.granted += more;
+        self.credit = self.credit.saturating_add(more);
     }
 
     /// The next block to read, if the credit covers it.
@@ -93,7 +97,7 @@ impl FetchQueue {
 
     /// The errand's block could not be read. Gives the request's answer if it was the last.
     pub fn failed(&mut self, errand: &Errand, reason: &str) -> Option<FetchDone> {
-        self.grant(Credit::cost(errand.place.bytes.into()));
+        self.credit = self.credit.saturating_add(Credit::cost(errand.place.bytes.into()));
         if let Some(open) = self.open.get_mut(&errand.request)
             && open.damage.len() < 1024
         {
@@ -155,6 +159,10 @@ mod tests {
         assert!(queue.next_errand().is_none());
         queue.grant(70_000);
         assert!(queue.next_errand().is_some());
+        queue.add(2, &[(id(3), place(140_000, 70_000))]);
+        queue.grant(70_000);
+        queue.grant(60_000);
+        assert!(queue.next_errand().is_none(), "a sum that comes again grants nothing");
     }
 
     #[test]

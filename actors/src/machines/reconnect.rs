@@ -12,6 +12,8 @@
 
 use std::time::{Duration, Instant};
 
+use crate::planted::{self, Bug};
+
 /// The longest wait that a peer can ask for in one deferral; more is cut to this.
 pub const DEFER_MAX: Duration = Duration::from_hours(1);
 
@@ -56,7 +58,10 @@ pub enum Next {
 struct Incident {
     began: Instant,
     failures: u32,
-    /// Waits that the peer asked for; they do not count as time of the incident.
+    /// When it is due to try again.
+    due: Instant,
+    /// Waits that the peer asked for, and times in which there was nothing to connect for; they do not count as time of the
+    /// incident.
     deferred: Duration,
 }
 
@@ -87,9 +92,10 @@ impl Reconnect {
         if let Some(since) = self.connected.take()
             && now.saturating_duration_since(since) >= self.policy.healthy_after
         {
-            self.incident = None;
+            self.progressed(now);
         }
-        let incident = self.incident.get_or_insert(Incident { began: now, failures: 0, deferred: Duration::ZERO });
+        let incident =
+            self.incident.get_or_insert(Incident { began: now, failures: 0, due: now, deferred: Duration::ZERO });
         let lasted = now.saturating_duration_since(incident.began).saturating_sub(incident.deferred);
         if incident.failures >= self.policy.attempts_max || lasted > self.policy.incident_max {
             return Next::GiveUp;
@@ -100,6 +106,13 @@ impl Reconnect {
         self.retry_within(now, Duration::ZERO, ceiling)
     }
 
+    /// An attempt begins now, although it may have been due long ago: so long nobody needed the connection (s12).
+    pub fn attempts(&mut self, now: Instant) {
+        if let Some(incident) = &mut self.incident {
+            incident.deferred = incident.deferred.saturating_add(now.saturating_duration_since(incident.due));
+        }
+    }
+
     /// A connection is up. It ends the incident only once it makes progress or has held for `healthy_after`.
     pub fn connected(&mut self, now: Instant) {
         self.connected = Some(now);
@@ -107,7 +120,9 @@ impl Reconnect {
 
     /// The connection achieved something: bytes were acknowledged, or a request was answered. Ends the incident.
     pub fn progressed(&mut self, _now: Instant) {
-        self.incident = None;
+        if !planted::here(Bug::NeverEndsAnIncident) {
+            self.incident = None;
+        }
     }
 
     /// The peer asked to come back after `wait` (at most [`DEFER_MAX`] of it is honoured). Costs nothing of the budget.
@@ -139,7 +154,11 @@ impl Reconnect {
         let spread_ns = u64::try_from(spread.as_nanos()).unwrap_or(u64::MAX);
         let part_ns = u64::try_from((u128::from(spread_ns) * u128::from(uniform)) >> 32).unwrap_or(spread_ns);
         let wait = least.saturating_add(Duration::from_nanos(part_ns));
-        Next::RetryAt(now.checked_add(wait).unwrap_or(now))
+        let due = now.checked_add(wait).unwrap_or(now);
+        if let Some(incident) = &mut self.incident {
+            incident.due = due;
+        }
+        Next::RetryAt(due)
     }
 }
 
@@ -171,6 +190,24 @@ mod tests {
             reconnect.connected(now);
             now += Duration::from_hours(1);
         }
+    }
+
+    #[test]
+    fn s12_hours_in_which_nobody_needed_a_connection_are_no_part_of_an_incident() {
+        let mut now = clock::now();
+        let mut reconnect = Reconnect::new(Policy::default(), 1);
+        for _ in 0..20 {
+            assert!(matches!(reconnect.failed(now), Next::RetryAt(_)));
+            now += Duration::from_hours(1);
+            reconnect.attempts(now);
+            now += Duration::from_secs(1);
+        }
+        let began = now;
+        while let Next::RetryAt(at) = reconnect.failed(now) {
+            reconnect.attempts(at);
+            now = at + Duration::from_secs(1);
+        }
+        assert!(now - began > Duration::from_mins(25), "{:?}", now - began);
     }
 
     #[test]

@@ -17,6 +17,8 @@ use std::ops::Range;
 
 use strandline_messages::{Sequence, StreamIndex};
 
+use crate::planted::{self, Bug};
+
 /// A block was pushed after [`SendWindow::close`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error(
@@ -153,7 +155,7 @@ impl<B: Clone> SendWindow<B> {
     ///
     /// Returns how many blocks that is. A stream that is not known carried nothing.
     pub fn stream_lost(&mut self, stream: StreamIndex) -> usize {
-        if self.carried.remove(&stream).is_none() {
+        if self.carried.remove(&stream).is_none() || planted::here(Bug::ForgetsWhatADeadStreamCarried) {
             return 0;
         }
         let mut orphans = 0;
@@ -213,7 +215,8 @@ impl<B: Clone> SendWindow<B> {
     ///
     /// No stream carries anything any more. Whether the queue is closed does not change.
     pub fn restart(&mut self) {
-        self.slots.retain(Option::is_some);
+        let forgets_sent = planted::here(Bug::ForgetsWhatTheOldSessionCarried);
+        self.slots.retain(|slot| slot.as_ref().is_some_and(|slot| !(slot.sent && forgets_sent)));
         for slot in self.slots.iter_mut().flatten() {
             slot.sent = false;
             slot.carriers.clear();

@@ -15,6 +15,8 @@ use std::time::{Duration, Instant};
 
 use strandline_messages::Incarnation;
 
+use crate::planted::{self, Bug};
+
 /// Time limits of a session.
 #[derive(Clone, Copy, Debug)]
 pub struct SessionLimits {
@@ -174,12 +176,13 @@ impl SessionMachine {
     /// `None` if another connection has taken over since. One counts only once it has asked for something: until then its
     /// agent may never have heard of it.
     pub fn attach(&mut self, known: Incarnation) -> Option<Incarnation> {
-        if known < self.heard_of || known > self.incarnation {
+        let oldest = if planted::here(Bug::CountsUnheardIncarnations) { self.incarnation } else { self.heard_of };
+        if known < oldest || known > self.incarnation {
             return None;
         }
         self.incarnation = Incarnation(self.incarnation.0 + 1);
         self.control = true;
-        self.alone_since = None;
+        self.note_company();
         Some(self.incarnation)
     }
 
@@ -197,7 +200,7 @@ impl SessionMachine {
         match input {
             Input::StreamJoined => {
                 self.streams += 1;
-                self.alone_since = None;
+                self.note_company();
                 if self.state == State::Opened {
                     self.state = State::Receiving;
                 }
@@ -224,11 +227,17 @@ impl SessionMachine {
             }
             Input::ControlLost(_) | Input::Watermark(_) | Input::Committed | Input::Missing | Input::Refused => {}
             // Every block of the session is durable: it was another copy of one of them.
-            Input::BlockLost(_) if self.state == State::Committing => {}
+            Input::BlockLost(_) if self.state == State::Committing && !planted::here(Bug::DiesOfALateCopy) => {}
             Input::Abort(reason) => self.end(Terminal::Aborted, &reason),
             Input::BlockLost(reason) | Input::Fault(reason) => self.end(Terminal::Failed, &reason),
             Input::Finish => self.end(Terminal::Committed, "finished"),
             Input::Tick => self.tick(now),
+        }
+    }
+
+    fn note_company(&mut self) {
+        if !planted::here(Bug::KeepsTheGraceTimer) {
+            self.alone_since = None;
         }
     }
 
@@ -252,7 +261,8 @@ impl SessionMachine {
     }
 
     fn maybe_commit(&mut self) {
-        if matches!(self.state, State::Sealing { blocks } if self.watermark >= blocks) {
+        let early = planted::here(Bug::CommitsBeforeTheWatermark);
+        if matches!(self.state, State::Sealing { blocks } if self.watermark >= blocks || early) {
             self.state = State::Committing;
             self.outputs.push_back(Output::StartCommit);
         }
@@ -267,7 +277,7 @@ impl SessionMachine {
 
     fn tick(&mut self, now: Instant) {
         // Storage is at work on the commit: its outcome alone decides.
-        if self.state == State::Committing {
+        if self.state == State::Committing || planted::here(Bug::NeverExpires) {
             return;
         }
         let since = |start: Instant| now.saturating_duration_since(start);

@@ -13,6 +13,8 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
+use crate::planted::{self, Bug};
+
 /// Which end of the connection this is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Role {
@@ -161,7 +163,7 @@ impl StreamMachine {
 
     /// Feeds one input at time `now`.
     pub fn handle(&mut self, now: Instant, input: Input) {
-        if self.state == State::Stopped {
+        if self.state == State::Stopped || (self.state == State::Failing && planted::here(Bug::LeavesSocketsBehind)) {
             return;
         }
         match input {
@@ -216,6 +218,7 @@ impl StreamMachine {
     fn drain_asked(&mut self, now: Instant) {
         self.drain_asked = true;
         match self.state {
+            State::Active if planted::here(Bug::ClosesBeforeItIsDrained) => self.close(now, false),
             State::Active => {
                 if self.role == Role::Initiator {
                     self.enter(now, State::Draining);
@@ -310,12 +313,12 @@ impl StreamMachine {
                 self.stop(true);
             }
             State::Failing | State::Stopped => {}
-            _ if quiet >= self.limits.progress => {
+            _ if quiet >= self.limits.progress && !planted::here(Bug::WaitsForStalledStreams) => {
                 self.fail(now, format!("no progress for {} s", self.limits.progress.as_secs()));
             }
             State::Active if self.role == Role::Initiator => {
                 let since = self.pinged.unwrap_or(self.progressed);
-                if now.saturating_duration_since(since) >= self.limits.ping {
+                if now.saturating_duration_since(since) >= self.limits.ping && !planted::here(Bug::NeverPings) {
                     self.pinged = Some(now);
                     self.outputs.push_back(Output::SendPing);
                 }

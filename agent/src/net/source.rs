@@ -226,6 +226,7 @@ impl ChunkSource for NetworkSource {
         let taker = {
             let (reader, wanted, pending) = (reader.clone(), Arc::clone(&names), Arc::clone(&pending));
             let (desk, received) = (Arc::clone(&self.blocks.desk), Arc::clone(&self.blocks.received));
+            let fetcher = self.blocks.fetcher.clone();
             move |block: Bytes| {
                 {
                     let mut received = received.lock();
@@ -234,6 +235,8 @@ impl ChunkSource for NetworkSource {
                 }
                 if pending.lock().note(&block) {
                     desk.put(fetch, Arrival { block, wanted: Arc::clone(&wanted), reader: reader.clone() });
+                } else {
+                    fetcher.do_send(BlockUsed(block.len() as u64));
                 }
             }
         };

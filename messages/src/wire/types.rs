@@ -323,13 +323,14 @@ pub struct FetchDone {
     pub damage: String,
 }
 
-/// The agent has taken bytes off its streams: so many more may be sent.
+/// The agent has used blocks: so many bytes may be sent since the session began, beyond its first credit.
 ///
-/// A block costs its length, but at least [`Credit::BLOCK_MIN`] bytes.
+/// It is a sum, not a step: it may be lost with a connection, or come twice. A block costs its length, but at least
+/// [`Credit::BLOCK_MIN`] bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Credit {
-    /// Bytes.
-    pub bytes: u64,
+    /// Bytes granted in all.
+    pub granted: u64,
 }
 
 impl Credit {

@@ -10,7 +10,7 @@ use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use parking_lot::Mutex;
 use strandline_actors::control_channel::{
-    AskError, AskServer, BeginSession, CloseChannel, ControlChannel, Dispatching, ForgetSession,
+    AskError, AskServer, BeginSession, CloseChannel, ControlChannel, Dispatching, ForgetSession, SessionOpener,
 };
 use strandline_actors::dispatcher::{
     AbandonDispatch, CountBlocks, DispatchCounters, DispatchFailed, Dispatcher, FinishDispatch, LearnDurable,
@@ -57,12 +57,14 @@ pub struct AgentProcess {
     pub streams: u16,
 }
 
-/// What is to be backed up.
+/// What is to be backed up. Its chunks are those that a restore must bring back.
 pub struct Job {
     /// The chunks that the snapshot needs.
     pub ids: Vec<ChunkId>,
     /// The manifest: different for every run.
     pub manifest: Bytes,
+    /// How long the pipeline has nothing to send after its first block: a long scan.
+    pub pause: Duration,
 }
 
 impl AgentProcess {
@@ -72,6 +74,36 @@ impl AgentProcess {
         let tenant = "simulated".parse().unwrap_or_else(|_| std::process::abort());
         Peer { tenant, agent: AgentId([number; 16]) }
     }
+
+    /// A control channel.
+    pub fn control(&self, random: &mut Random) -> Addr<ControlChannel> {
+        let policy = Policy::default();
+        ControlChannel::new(Arc::new(self.clone()), policy, policy, random.number()).start()
+    }
+
+    /// How streams are made.
+    pub fn pool(&self, random: &mut Random) -> PoolSettings {
+        PoolSettings {
+            connector: Arc::new(self.clone()),
+            streams: self.streams,
+            limits: StreamLimits::default(),
+            upload: None,
+            arbiters: Vec::new(),
+            policy: Policy::default(),
+            seed: random.number(),
+        }
+    }
+}
+
+/// Opens sessions of this kind.
+pub fn opener(kind: SessionKind) -> SessionOpener {
+    Arc::new(move |_: &[u8; 32], resume_of| OpenSession {
+        kind,
+        repository: "main".parse().unwrap_or_else(|_| std::process::abort()),
+        resume_of,
+        writer: vec![0; 97].into(),
+        proof: vec![0; 64].into(),
+    })
 }
 
 impl Connector for AgentProcess {
@@ -127,23 +159,13 @@ struct Run {
 
 /// Makes one backup. An error is a backup that ended without a snapshot, with the reason that its user would be told.
 pub async fn back_up(process: AgentProcess, job: &Job, oracle: &Oracle, mut random: Random) -> Result<(), String> {
-    let connector: Arc<dyn Connector> = Arc::new(process.clone());
-    let policy = Policy::default();
-    let control = ControlChannel::new(Arc::clone(&connector), policy, policy, random.number()).start();
+    let control = process.control(&mut random);
     let counters: Arc<DispatchCounters> = Arc::default();
     let fate: Arc<Mutex<Option<String>>> = Arc::default();
     let bad_news = Fate(Arc::clone(&fate)).start();
-    let pool = PoolSettings {
-        connector,
-        streams: process.streams,
-        limits: StreamLimits::default(),
-        upload: None,
-        arbiters: Vec::new(),
-        policy,
-        seed: random.number(),
-    };
     let budget = ByteBudget::new(64 << 20);
-    let dispatcher = Dispatcher::new(pool, budget, Arc::clone(&counters), bad_news.clone().recipient()).start();
+    let dispatcher =
+        Dispatcher::new(process.pool(&mut random), budget, Arc::clone(&counters), bad_news.clone().recipient()).start();
     let number = oracle.begins(Arc::clone(&counters));
     let run = Run { control, dispatcher, counters, fate, oracle: oracle.clone(), number, random, sent_bytes: 0 };
     run.finish(job, bad_news).await
@@ -171,19 +193,14 @@ impl Run {
             again: self.dispatcher.clone().recipient(),
             failed: bad_news.recipient(),
         };
-        let opener = Arc::new(|_: &[u8; 32], resume_of| OpenSession {
-            kind: SessionKind::Backup,
-            repository: "main".parse().unwrap_or_else(|_| std::process::abort()),
-            resume_of,
-            writer: vec![0; 97].into(),
-            proof: vec![0; 64].into(),
-        });
-        let begin = BeginSession { opener, dispatcher: Some(dispatching) };
+        let begin = BeginSession { opener: opener(SessionKind::Backup), dispatcher: Some(dispatching) };
         self.control.send(begin).await.map_err(|error| error.to_string())?.map_err(|error| error.to_string())?;
+        let mut pause = job.pause;
         for ids in job.ids.chunks(QUERY_IDS) {
             let known = self.known(ids).await?;
             let unknown: Vec<ChunkId> = ids.iter().zip(known).filter(|(_, known)| !known).map(|(id, _)| *id).collect();
             self.send(&unknown).await?;
+            self.or_fate(tokio::time::sleep(std::mem::take(&mut pause))).await?;
         }
         loop {
             let blocks = self.dispatcher.send(CountBlocks).await.map_err(|error| error.to_string())?;

@@ -9,9 +9,11 @@
 //! test programs may hold time.
 
 pub mod agent;
+pub mod alarm;
 pub mod net;
 pub mod oracle;
 pub mod plan;
+pub mod restorer;
 pub mod run;
 pub mod server;
 pub mod storage;

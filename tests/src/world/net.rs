@@ -41,6 +41,8 @@ struct Way {
     queue: VecDeque<(Instant, Bytes)>,
     queued_bytes: usize,
     written_bytes: u64,
+    /// Its cut has come.
+    cut: bool,
     free_at: Option<Instant>,
     /// The reader sees the end after the queue, not before this.
     ends_at: Option<Instant>,
@@ -82,6 +84,7 @@ struct Shared {
     plan: Plan,
     random: Mutex<Random>,
     made: AtomicU64,
+    cuts: AtomicU64,
     ends: AtomicUsize,
     lines: Mutex<Vec<Arc<Mutex<Line>>>>,
 }
@@ -101,6 +104,7 @@ impl Net {
             plan,
             random,
             made: AtomicU64::new(0),
+            cuts: AtomicU64::new(0),
             ends: AtomicUsize::new(0),
             lines: Mutex::default(),
         };
@@ -112,7 +116,7 @@ impl Net {
         let shared = &self.shared;
         let number = shared.made.fetch_add(1, Ordering::Relaxed);
         let mut random = shared.random.lock();
-        let plan = shared.plan.line(&mut random, shared.world.age());
+        let plan = shared.plan.line(number, &mut random, shared.world.age());
         let line = Line {
             number,
             plan,
@@ -150,6 +154,11 @@ impl Net {
     /// Connections made so far.
     pub fn made(&self) -> u64 {
         self.shared.made.load(Ordering::Relaxed)
+    }
+
+    /// Connections that were cut at the byte of their plan.
+    pub fn cuts(&self) -> u64 {
+        self.shared.cuts.load(Ordering::Relaxed)
     }
 
     /// Ends that somebody still holds.
@@ -275,6 +284,7 @@ impl AsyncWrite for End {
         }
         if before_cut == 0 {
             let Some((_, ending)) = cut else { return Poll::Ready(Err(reset_error())) };
+            self.net.shared.cuts.fetch_add(u64::from(!std::mem::replace(&mut way.cut, true)), Ordering::Relaxed);
             match ending {
                 Ending::Reset => {
                     line.reset();

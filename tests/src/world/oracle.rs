@@ -9,7 +9,7 @@ use strandline_actors::dispatcher::DispatchCounters;
 use strandline_messages::{ChunkId, SnapshotId};
 
 use super::World;
-use super::storage::Disk;
+use super::storage::{Disk, Row};
 
 /// What one run of a backup has sent, and how much of it the agent believes to be durable.
 struct Sent {
@@ -109,6 +109,14 @@ impl Oracle {
             if wanted != kept {
                 self.broke(&format!("{after}: snapshot {snapshot} is another than the one that was promised"));
             }
+        }
+        let committed = self.shared.disk.look(|disk| {
+            let snapshot =
+                |(_, row): &(_, Row)| if let Row::Committed(snapshot) = row { Some(*snapshot) } else { None };
+            disk.sessions.values().filter_map(snapshot).collect::<Vec<_>>()
+        });
+        if committed.iter().collect::<BTreeSet<_>>().len() < committed.len() {
+            self.broke(&format!("{after}: two sessions have committed one snapshot"));
         }
         let dangling = self.shared.disk.look(|disk| {
             let is_dangling = |ids: &Vec<ChunkId>| ids.iter().any(|id| !disk.chunks.contains_key(id));

@@ -64,8 +64,29 @@ pub struct Plan {
     pub latency: Duration,
     /// Writing a block takes at most so long, and syncing it again.
     pub disk: Duration,
+    /// In 100 backups, how many are restored afterwards.
+    pub restore_percent: u64,
+    /// How long each backup has nothing to send after its first blocks.
+    pub pause: Duration,
+    /// Connections are cut, processes killed and disks fail only before this; then the world is calm and must come to its end.
+    pub storm: Duration,
     /// What happens when.
     pub blows: Vec<(Duration, Blow)>,
+    /// What becomes of one connection, whatever the seed says of the others.
+    pub cut: Option<OneCut>,
+}
+
+/// One direction of one connection ends at an exact byte.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct OneCut {
+    /// The connection, counted from 0 in the order in which they are made.
+    pub connection: u64,
+    /// 0: what goes to the server; 1: what comes from it.
+    pub way: usize,
+    /// After so many bytes.
+    pub after: u64,
+    /// How.
+    pub ending: Ending,
 }
 
 /// A number below `usual`, in `percent` of 100 cases one below `other`.
@@ -74,8 +95,9 @@ fn mostly(random: &mut Random, usual: u64, other: u64, percent: u64) -> u64 {
     random.below(bound)
 }
 
-/// Connections are cut, processes killed and disks fail only before this; then the world is calm and must come to its end.
-pub const STORM: Duration = Duration::from_mins(3);
+const STORM: Duration = Duration::from_mins(3);
+/// The storm of a world whose backups pause: longer than an incident may last, and than a session may be alone.
+const LONG_STORM: Duration = Duration::from_mins(100);
 
 impl Plan {
     /// What this seed means.
@@ -93,9 +115,16 @@ impl Plan {
             slow_percent: 0,
             latency: Duration::from_micros(50 + mostly(&mut random, 2_000, 200_000, 30)),
             disk: Duration::from_micros(100 + mostly(&mut random, 20_000, 400_000, 20)),
+            restore_percent: random.below(100),
+            pause: Duration::ZERO,
+            storm: STORM,
             blows: Vec::new(),
+            cut: None,
         };
         // 0: calm. Later ones have more of everything.
+        if profile == 0 && random.percent(40) {
+            plan.pause = Duration::from_secs(random.below(1200));
+        }
         if profile >= 1 {
             plan.cut_percent = random.below(60);
             plan.slow_percent = random.below(15);
@@ -113,15 +142,57 @@ impl Plan {
                 };
                 plan.blows.push((at, blow));
             }
+            if random.percent(15) {
+                plan.pause_long(&mut random);
+            }
             plan.blows.sort_by_key(|(at, _)| *at);
         }
         plan
     }
 
-    /// What becomes of the next connection that is made at `age`.
-    pub fn line(&self, random: &mut Random, age: Duration) -> LinePlan {
-        let stormy = age < STORM;
+    /// Backups that wait for a long time in their middle, and connections that are cut meanwhile.
+    fn pause_long(&mut self, random: &mut Random) {
+        self.pause = Duration::from_mins(1 + random.below(90));
+        self.storm = LONG_STORM;
+        for _ in 0..1 + random.index(5) {
+            self.blows.push((Duration::from_secs(random.below(LONG_STORM.as_secs())), Blow::CutEverything));
+        }
+    }
+
+    /// One agent that makes and restores one small snapshot over one stream; nothing goes wrong but `cut`.
+    pub fn one_cut(cut: OneCut) -> Self {
+        Self {
+            agents: 1,
+            streams: 1,
+            backups: 1,
+            chunks: 64,
+            universe: 800,
+            cut_percent: 0,
+            slow_percent: 0,
+            latency: Duration::from_micros(500),
+            disk: Duration::from_micros(500),
+            restore_percent: 100,
+            pause: Duration::ZERO,
+            storm: STORM,
+            blows: Vec::new(),
+            cut: Some(cut),
+        }
+    }
+
+    /// Whether nothing goes wrong.
+    pub fn is_calm(&self) -> bool {
+        self.cut_percent == 0 && self.slow_percent == 0 && self.blows.is_empty() && self.cut.is_none()
+    }
+
+    /// What becomes of connection `number`, which is made at `age`.
+    pub fn line(&self, number: u64, random: &mut Random, age: Duration) -> LinePlan {
+        let stormy = age < self.storm;
         let mut cuts = [None, None];
+        if let Some(one) = self.cut.filter(|one| one.connection == number)
+            && let Some(cut) = cuts.get_mut(one.way)
+        {
+            *cut = Some((one.after, one.ending));
+        }
         if stormy && random.percent(self.cut_percent) {
             let way = random.index(2);
             let after = if random.percent(50) { random.below(400) } else { random.below(60_000) };

@@ -11,11 +11,13 @@ use tokio::sync::Notify;
 
 use super::World;
 use super::agent::{AgentProcess, Job, ServerSlot, back_up};
+use super::alarm::Alarm;
 use super::net::Net;
 use super::oracle::Oracle;
-use super::plan::{Blow, Plan, STORM};
+use super::plan::{Blow, Plan};
+use super::restorer::restore;
 use super::server::ServerProcess;
-use super::storage::{Disk, block_of};
+use super::storage::{Disk, Row, block_of};
 use crate::random::Random;
 
 /// After the storm everything must have come to its end within this.
@@ -24,7 +26,7 @@ const PATIENCE: Duration = Duration::from_hours(2);
 const CLOSING: Duration = Duration::from_secs(70);
 /// A session without connections is over after its grace and a tick.
 const GRACE: Duration = Duration::from_mins(13);
-/// Most vain attempts of one backup.
+/// Most vain attempts at one thing.
 const ATTEMPTS_MAX: u64 = 300;
 
 /// What became of a seed.
@@ -40,8 +42,12 @@ pub struct Report {
     pub broken: Vec<String>,
     /// Snapshots that were promised.
     pub snapshots: usize,
+    /// Snapshots that were restored.
+    pub restores: u64,
     /// Connections that were made.
     pub connections: u64,
+    /// Connections that were cut at the byte of their plan.
+    pub cuts: u64,
     /// Simulated time.
     pub age: Duration,
 }
@@ -62,7 +68,15 @@ struct Stage {
     oracle: Oracle,
     server: ServerSlot,
     servers: AtomicU64,
+    restores: AtomicU64,
     agents: Agents,
+}
+
+/// What an agent's process is started for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Errand {
+    Backup,
+    Restore,
 }
 
 impl Stage {
@@ -99,7 +113,7 @@ impl Stage {
     }
 
     /// All blows in their order.
-    async fn storm(&self) {
+    async fn rage(&self) {
         let blows = self.plan.blows.iter().map(|(at, blow)| async move {
             tokio::time::sleep(*at).await;
             self.deal(*blow).await;
@@ -121,24 +135,34 @@ impl Stage {
         self.plan.blows.iter().any(|(_, blow)| matches!(blow, Blow::FailDisk(..)))
     }
 
-    /// All backups of one agent.
+    /// All backups of one agent, some of them restored afterwards.
     async fn live(&self, agent: usize) {
         let mut random = self.world.fork();
         for backup in 0..self.plan.backups {
             let ids = choose(&mut random, &self.plan);
-            for attempt in 0..=ATTEMPTS_MAX {
-                if attempt == ATTEMPTS_MAX {
-                    return self.oracle.broke(&format!("backup {backup} of agent {agent} never ends well"));
+            if !self.until_it_ends_well(agent, Errand::Backup, &ids, &mut random).await {
+                return self.oracle.broke(&format!("backup {backup} of agent {agent} never ends well"));
+            }
+            if random.percent(self.plan.restore_percent) {
+                if !self.until_it_ends_well(agent, Errand::Restore, &ids, &mut random).await {
+                    return self.oracle.broke(&format!("backup {backup} of agent {agent} can never be restored"));
                 }
-                if self.attempt(agent, &ids, Random::new(random.number())).await {
-                    break;
-                }
+                self.restores.fetch_add(1, Ordering::Relaxed);
             }
         }
     }
 
-    /// Whether the backup was committed.
-    async fn attempt(&self, agent: usize, ids: &[ChunkId], random: Random) -> bool {
+    async fn until_it_ends_well(&self, agent: usize, errand: Errand, ids: &[ChunkId], random: &mut Random) -> bool {
+        for _ in 0..ATTEMPTS_MAX {
+            if self.attempt(agent, errand, ids, Random::new(random.number())).await {
+                return true;
+            }
+        }
+        false
+    }
+
+    /// Whether it ended well.
+    async fn attempt(&self, agent: usize, errand: Errand, ids: &[ChunkId], random: Random) -> bool {
         let number = self.agents.next_process.fetch_add(1, Ordering::Relaxed);
         let process = AgentProcess {
             number,
@@ -152,16 +176,11 @@ impl Stage {
         if let Some(current) = self.agents.current.get(agent) {
             *current.lock() = Some((process.clone(), Arc::clone(&killed)));
         }
-        self.world.tell(|| format!("agent {agent} starts process {number} for {} chunks", ids.len()));
-        // The process number makes it unlike any other.
-        let job = Job {
-            ids: ids.to_vec(),
-            manifest: block_of(ids, 4 + 32 * ids.len() + 1 + usize::try_from(number).unwrap_or(0)),
-        };
+        self.world.tell(|| format!("agent {agent} starts process {number}: {errand:?} of {} chunks", ids.len()));
         let result = tokio::select! {
             biased;
             () = killed.notified() => None,
-            result = back_up(process.clone(), &job, &self.oracle, random) => Some(result),
+            result = self.carry_out(&process, errand, ids, random) => Some(result),
         };
         self.world.tell(|| format!("process {number} ends: {result:?}"));
         match result {
@@ -171,14 +190,78 @@ impl Stage {
             }
             Some(Ok(())) => true,
             Some(Err(reason)) => {
-                if !self.excuses_failures() {
-                    self.oracle.broke(&format!("a backup failed although no disk did: {reason}"));
+                if errand == Errand::Restore || !self.excuses_failures() {
+                    self.oracle.broke(&format!("a {errand:?} failed although no disk did: {reason}"));
                 }
                 // Nothing of it may reach the network any more.
                 process.alive.store(false, Ordering::SeqCst);
                 tokio::time::sleep(Duration::from_secs(5)).await;
                 false
             }
+        }
+    }
+
+    async fn carry_out(
+        &self,
+        process: &AgentProcess,
+        errand: Errand,
+        ids: &[ChunkId],
+        random: Random,
+    ) -> Result<(), String> {
+        match errand {
+            Errand::Backup => {
+                // The process number makes it unlike any other.
+                let bytes = 4 + 32 * ids.len() + 1 + usize::try_from(process.number).unwrap_or(0);
+                let job = Job { ids: ids.to_vec(), manifest: block_of(ids, bytes), pause: self.plan.pause };
+                back_up(process.clone(), &job, &self.oracle, random).await
+            }
+            Errand::Restore => {
+                let missing = restore(process, ids, random).await?;
+                if !missing.is_empty() {
+                    self.oracle.broke(&format!("{} chunks of a promised snapshot did not come back", missing.len()));
+                }
+                Ok(())
+            }
+        }
+    }
+
+    /// What must be true when everybody has gone.
+    async fn check_the_end(&self, alarm: &Alarm) {
+        self.oracle.check("the end");
+        tokio::time::sleep(CLOSING).await;
+        // What a dead process held is nobody's any more; the living have closed theirs.
+        let nobody_died =
+            !self.plan.blows.iter().any(|(_, blow)| matches!(blow, Blow::KillAgent(..) | Blow::KillServer(_)));
+        if nobody_died && self.net.open_ends() > 0 {
+            self.oracle.broke(&format!("{} ends of connections are still open", self.net.open_ends()));
+        }
+        tokio::time::sleep(GRACE).await;
+        let server = self.server.lock().clone();
+        let left = match server {
+            Some(server) => server.sessions().await.len(),
+            None => 0,
+        };
+        if left > 0 {
+            self.oracle.broke(&format!("{left} sessions are still there, long after everybody is gone"));
+        }
+        let leases = self.disk.look(|disk| disk.sessions.values().filter(|(_, row)| *row == Row::Open).count());
+        if nobody_died && leases > 0 {
+            self.oracle.broke(&format!("{leases} leases are held for ever"));
+        }
+        if self.plan.is_calm() {
+            self.check_that_it_was_calm(alarm);
+        }
+    }
+
+    /// Where nothing goes wrong nobody connects twice and nobody complains.
+    fn check_that_it_was_calm(&self, alarm: &Alarm) {
+        let processes = self.agents.next_process.load(Ordering::Relaxed);
+        let needed = processes * (1 + u64::from(self.plan.streams));
+        if self.net.made() > needed {
+            self.oracle.broke(&format!("{} connections where {needed} are enough", self.net.made()));
+        }
+        if let Some(complaint) = alarm.heard().first() {
+            self.oracle.broke(&format!("nothing went wrong, and yet: {complaint}"));
         }
     }
 }
@@ -201,7 +284,12 @@ fn choose(random: &mut Random, plan: &Plan) -> Vec<ChunkId> {
 
 /// Runs the seed. The runtime must hold its time.
 pub async fn run(seed: u64, tells: bool) -> Report {
-    let plan = Plan::of(seed);
+    run_plan(seed, Plan::of(seed), tells).await
+}
+
+/// Runs this plan; the seed decides what the plan leaves open.
+pub async fn run_plan(seed: u64, plan: Plan, tells: bool) -> Report {
+    let alarm = Alarm::listen();
     let world = World::new(seed, tells);
     let (disk, net) = (Disk::new(&world, plan.clone()), Net::new(&world, plan.clone()));
     let stage = Stage {
@@ -212,6 +300,7 @@ pub async fn run(seed: u64, tells: bool) -> Report {
         },
         server: Arc::default(),
         servers: AtomicU64::new(0),
+        restores: AtomicU64::new(0),
         world,
         plan,
         net,
@@ -220,33 +309,23 @@ pub async fn run(seed: u64, tells: bool) -> Report {
     stage.start_server();
     let everybody = async {
         let agents = join_all((0..stage.plan.agents).map(|agent| stage.live(agent)));
-        tokio::join!(agents, stage.storm());
+        tokio::join!(agents, stage.rage());
     };
-    if tokio::time::timeout(STORM + PATIENCE, everybody).await.is_err() {
+    let pauses = u32::try_from(stage.plan.backups + stage.plan.blows.len()).unwrap_or(u32::MAX);
+    let patience = stage.plan.storm + PATIENCE + stage.plan.pause * pauses;
+    if tokio::time::timeout(patience, everybody).await.is_err() {
         stage.oracle.broke("not everything came to its end");
     }
-    stage.oracle.check("the end");
-    tokio::time::sleep(CLOSING).await;
-    let killed = stage.plan.blows.iter().any(|(_, blow)| matches!(blow, Blow::KillAgent(..) | Blow::KillServer(_)));
-    // What a dead process held is nobody's any more; the living have closed theirs.
-    if !killed && stage.net.open_ends() > 0 {
-        stage.oracle.broke(&format!("{} ends of connections are still open", stage.net.open_ends()));
-    }
-    tokio::time::sleep(GRACE).await;
-    let server = stage.server.lock().clone();
-    if let Some(server) = server {
-        let left = server.sessions().await.len();
-        if left > 0 {
-            stage.oracle.broke(&format!("{left} sessions are still there, long after everybody is gone"));
-        }
-    }
+    stage.check_the_end(&alarm).await;
     let (snapshots, broken) = stage.oracle.verdict();
     Report {
         seed,
         trace: stage.world.trace(),
         broken,
         snapshots,
+        restores: stage.restores.load(Ordering::Relaxed),
         connections: stage.net.made(),
+        cuts: stage.net.cuts(),
         age: stage.world.age(),
         plan: stage.plan.clone(),
     }

@@ -19,6 +19,8 @@ use super::storage::{Disk, SimHost, SimHostRef};
 
 /// Receive budget, bytes: small enough that it is felt.
 const RECEIVE_BYTES: usize = 256 << 10;
+/// First credit of a restore, bytes: a few blocks, each of which costs 16 KiB at least.
+const CREDIT_BYTES: u64 = 80 << 10;
 
 /// One server process.
 #[derive(Clone)]
@@ -37,7 +39,7 @@ impl ServerProcess {
         let settings = SessionSettings {
             limits: SessionLimits::default(),
             window_bytes: 64 << 20,
-            credit_bytes: 16 << 20,
+            credit_bytes: CREDIT_BYTES,
             max_streams: streams_max,
             data_addresses: Vec::new(),
         };

@@ -1,10 +1,11 @@
 //! The server's storage and catalog as the actors' ports see them, on a disk that forgets what was not synced.
 //!
-//! One repository, shared by all agents. A chunk is there when a block that has it is durable; nothing is ever freed.
+//! One repository, shared by all agents. A chunk is there when a block that has it is durable; nothing is ever freed. Blocks
+//! keep their bytes, so that restores get what was stored and nothing else.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -12,6 +13,7 @@ use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use parking_lot::Mutex;
 use strandline_actors::machines::session::Terminal;
+use strandline_actors::planted::{self, Bug};
 use strandline_actors::ports::{BlockPlace, CommitOutcome, Host, Opening, SessionStore, StoreFault};
 use strandline_actors::runtime::clock;
 use strandline_messages::mail::Peer;
@@ -58,22 +60,27 @@ pub enum Row {
 /// What is on the disk whatever happens.
 #[derive(Debug, Default)]
 pub struct Durably {
-    /// Chunks with a copy, and how many copies.
+    /// Blocks by the number of their write.
+    pub blocks: BTreeMap<u32, Bytes>,
+    /// Chunks with a copy, and the block that has it.
     pub chunks: BTreeMap<ChunkId, u32>,
-    /// Blocks that were confirmed to their session.
-    pub confirmed: BTreeMap<SessionId, BTreeSet<u64>>,
     /// Committed manifests by their id: the chunks that they need.
     pub snapshots: BTreeMap<SnapshotId, Vec<ChunkId>>,
     /// Sessions.
     pub sessions: BTreeMap<SessionId, (AgentId, Row)>,
 }
 
-/// What a server process has in its memory and in the page cache.
-#[derive(Debug, Default)]
-struct Volatile {
-    /// Blocks written and not synced.
-    written: BTreeMap<u64, Vec<ChunkId>>,
+impl Durably {
+    fn keep(&mut self, write: u32, block: Bytes) {
+        for id in chunks_of(&block).unwrap_or_default() {
+            self.chunks.insert(id, write);
+        }
+        self.blocks.insert(write, block);
+    }
 }
+
+/// What a server process has in the page cache: blocks written and not synced.
+type Volatile = BTreeMap<u32, Bytes>;
 
 /// The disk, over all server processes.
 #[derive(Clone)]
@@ -81,6 +88,8 @@ pub struct Disk {
     world: World,
     plan: Arc<Plan>,
     durably: Arc<Mutex<Durably>>,
+    /// Writes so far, of all processes.
+    writes: Arc<AtomicU32>,
     /// Until when writing fails, and whether because the disk is full.
     failing: Arc<Mutex<Option<(std::time::Instant, bool)>>>,
 }
@@ -88,7 +97,13 @@ pub struct Disk {
 impl Disk {
     /// Empty.
     pub fn new(world: &World, plan: Plan) -> Self {
-        Self { world: world.clone(), plan: Arc::new(plan), durably: Arc::default(), failing: Arc::default() }
+        Self {
+            world: world.clone(),
+            plan: Arc::new(plan),
+            durably: Arc::default(),
+            writes: Arc::default(),
+            failing: Arc::default(),
+        }
     }
 
     /// Looks at what is durable.
@@ -118,7 +133,6 @@ pub struct SimHost {
     disk: Disk,
     alive: AtomicBool,
     volatile: Mutex<Volatile>,
-    next_write: AtomicU64,
     random: Mutex<Random>,
 }
 
@@ -129,7 +143,6 @@ impl SimHost {
             disk: disk.clone(),
             alive: AtomicBool::new(true),
             volatile: Mutex::default(),
-            next_write: AtomicU64::new(0),
             random: Mutex::new(disk.world.fork()),
         })
     }
@@ -137,13 +150,11 @@ impl SimHost {
     /// Kills it. Of what was written and not synced, some may have reached the disk all the same.
     pub fn kill(&self) {
         self.alive.store(false, Ordering::SeqCst);
-        let written = std::mem::take(&mut self.volatile.lock().written);
+        let written = std::mem::take(&mut *self.volatile.lock());
         let mut durably = self.disk.durably.lock();
-        for ids in written.into_values() {
+        for (write, block) in written {
             if self.random.lock().percent(50) {
-                for id in ids {
-                    *durably.chunks.entry(id).or_default() += 1;
-                }
+                durably.keep(write, block);
             }
         }
     }
@@ -160,6 +171,18 @@ impl SimHost {
         let time = Duration::from_micros(self.random.lock().below(most));
         tokio::time::sleep(time).await;
         self.live().await;
+    }
+
+    /// What was written is durable from now on.
+    fn sync(&self, write: u32) {
+        if let Some(block) = self.volatile.lock().remove(&write) {
+            self.disk.durably.lock().keep(write, block);
+        }
+    }
+
+    /// Whether a chunk is in a block that was written and not synced.
+    fn is_written(&self, id: &ChunkId) -> bool {
+        self.volatile.lock().values().any(|block| chunks_of(block).unwrap_or_default().contains(id))
     }
 
     fn row(&self, session: &SessionId) -> Option<Row> {
@@ -191,6 +214,7 @@ impl Host for SimHostRef {
                 }
             }
             durably.sessions.insert(session, (peer.agent, Row::Open));
+            host.disk.world.tell(|| format!("lease of {} for agent {}", session.short(), peer.agent.short()));
             drop(durably);
             Ok(Opening::Granted { store: Arc::new(SimStore { host, session }) })
         }
@@ -237,24 +261,29 @@ impl SimStore {
     }
 
     async fn store_block(self, sequence: Sequence, block: Bytes) -> Result<Durable<Sequence>, StoreFault> {
-        let ids = chunks_of(&block).ok_or_else(|| StoreFault::BadBlock("not a block".into()))?;
+        chunks_of(&block).ok_or_else(|| StoreFault::BadBlock("not a block".into()))?;
         self.host.take_time().await;
         self.fence()?;
         let fault = self.host.disk.fault();
-        let write = self.host.next_write.fetch_add(1, Ordering::Relaxed);
-        self.host.volatile.lock().written.insert(write, ids);
+        let write = self.host.disk.writes.fetch_add(1, Ordering::Relaxed);
+        self.host.volatile.lock().insert(write, block);
+        if planted::here(Bug::ConfirmsBeforeItSyncs) {
+            let host = Arc::clone(&self.host);
+            actix_rt::spawn(async move {
+                host.take_time().await;
+                host.sync(write);
+            });
+            return Ok(Durable::confirmed_by(&self, sequence));
+        }
         self.host.take_time().await;
         if let Some(fault) = fault.or_else(|| self.host.disk.fault()) {
+            if planted::here(Bug::ConfirmsInSpiteOfErrors) {
+                return Ok(Durable::confirmed_by(&self, sequence));
+            }
             // Whether the bytes are there nobody knows.
             return Err(fault);
         }
-        if let Some(ids) = self.host.volatile.lock().written.remove(&write) {
-            let mut durably = self.host.disk.durably.lock();
-            for id in ids {
-                *durably.chunks.entry(id).or_default() += 1;
-            }
-            durably.confirmed.entry(self.session).or_default().insert(sequence.0);
-        }
+        self.host.sync(write);
         Ok(Durable::confirmed_by(&self, sequence))
     }
 
@@ -303,7 +332,8 @@ impl SessionStore for SimStore {
             store.host.take_time().await;
             store.fence()?;
             let durably = store.host.disk.durably.lock();
-            Ok(ids.iter().map(|id| durably.chunks.contains_key(id)).collect())
+            let early = |id| planted::here(Bug::KnowsWhatIsNotDurable) && store.host.is_written(id);
+            Ok(ids.iter().map(|id| durably.chunks.contains_key(id) || early(id)).collect())
         }
         .boxed()
     }
@@ -324,6 +354,7 @@ impl SessionStore for SimStore {
             if let Some((_, row @ Row::Open)) = durably.sessions.get_mut(&store.session) {
                 *row = Row::Ended(terminal);
             }
+            store.host.disk.world.tell(|| format!("{} ends: {terminal:?}", store.session.short()));
             Ok(())
         }
         .boxed()
@@ -334,10 +365,27 @@ impl SessionStore for SimStore {
         _: Option<SnapshotId>,
         ids: Vec<ChunkId>,
     ) -> BoxFuture<'static, Result<Vec<Option<BlockPlace>>, StoreFault>> {
-        async move { Ok(vec![None; ids.len()]) }.boxed()
+        let store = self.part();
+        async move {
+            store.host.take_time().await;
+            let durably = store.host.disk.durably.lock();
+            let place = |id| {
+                let write = *durably.chunks.get(id)?;
+                let bytes = durably.blocks.get(&write)?.len();
+                Some(BlockPlace { pack: write, offset: 0, bytes: u32::try_from(bytes).unwrap_or(u32::MAX) })
+            };
+            Ok(ids.iter().map(place).collect())
+        }
+        .boxed()
     }
 
-    fn read(&self, _: BlockPlace) -> BoxFuture<'static, Result<Bytes, StoreFault>> {
-        async { Err(StoreFault::Failed("restores are not imitated".into())) }.boxed()
+    fn read(&self, place: BlockPlace) -> BoxFuture<'static, Result<Bytes, StoreFault>> {
+        let store = self.part();
+        async move {
+            store.host.take_time().await;
+            let block = store.host.disk.durably.lock().blocks.get(&place.pack).cloned();
+            block.ok_or_else(|| StoreFault::Failed("no such block".into()))
+        }
+        .boxed()
     }
 }
