@@ -77,6 +77,7 @@ pub enum Bug {
 pub const ALL: [Bug; 32] = {
     use Bug::*;
     [
+        LosesCreditWithConnections,
         ForgetsWhatADeadStreamCarried,
         ForgetsWhatTheOldSessionCarried,
         DeclaresOneBlockLess,
@@ -105,7 +106,6 @@ pub const ALL: [Bug; 32] = {
         NeverFetchesAgain,
         ServesTheSameFetchTwice,
         LosesCreditWithStreams,
-        LosesCreditWithConnections,
         ConfirmsBeforeItSyncs,
         ConfirmsInSpiteOfErrors,
         KnowsWhatIsNotDurable,

@@ -63,6 +63,8 @@ pub struct Job {
     pub ids: Vec<ChunkId>,
     /// The manifest: different for every run.
     pub manifest: Bytes,
+    /// A block is longer than what stands in it by at most so much.
+    pub block_bytes: usize,
     /// How long the pipeline has nothing to send after its first block: a long scan.
     pub pause: Duration,
 }
@@ -154,6 +156,7 @@ struct Run {
     oracle: Oracle,
     number: RunNumber,
     random: Random,
+    block_bytes: usize,
     sent_bytes: u64,
 }
 
@@ -167,7 +170,17 @@ pub async fn back_up(process: AgentProcess, job: &Job, oracle: &Oracle, mut rand
     let dispatcher =
         Dispatcher::new(process.pool(&mut random), budget, Arc::clone(&counters), bad_news.clone().recipient()).start();
     let number = oracle.begins(Arc::clone(&counters));
-    let run = Run { control, dispatcher, counters, fate, oracle: oracle.clone(), number, random, sent_bytes: 0 };
+    let run = Run {
+        control,
+        dispatcher,
+        counters,
+        fate,
+        oracle: oracle.clone(),
+        number,
+        random,
+        block_bytes: job.block_bytes,
+        sent_bytes: 0,
+    };
     run.finish(job, bad_news).await
 }
 
@@ -247,7 +260,7 @@ impl Run {
     async fn send(&mut self, mut ids: &[ChunkId]) -> Result<(), String> {
         while !ids.is_empty() {
             let (now, rest) = ids.split_at((1 + self.random.index(8)).min(ids.len()));
-            let block = block_of(now, 40 + self.random.index(3000));
+            let block = block_of(now, 40 + self.random.index(self.block_bytes));
             self.sent_bytes += block.len() as u64;
             self.oracle.sends(self.number, now);
             self.dispatcher.do_send(DispatchBlock(block));

@@ -56,6 +56,8 @@ pub struct Plan {
     pub chunks: usize,
     /// Different chunks there are.
     pub universe: usize,
+    /// A block is longer than what stands in it by at most so much.
+    pub block_bytes: usize,
     /// In 100 connections, how many are cut.
     pub cut_percent: u64,
     /// In 100 connections, how many are slow.
@@ -111,6 +113,7 @@ impl Plan {
             backups: 1 + random.index(3),
             chunks: 20 + random.index(if small { 60 } else { 400 }),
             universe: 100 + random.index(800),
+            block_bytes: 3000,
             cut_percent: 0,
             slow_percent: 0,
             latency: Duration::from_micros(50 + mostly(&mut random, 2_000, 200_000, 30)),
@@ -167,6 +170,7 @@ impl Plan {
             backups: 1,
             chunks: 64,
             universe: 800,
+            block_bytes: 24_000,
             cut_percent: 0,
             slow_percent: 0,
             latency: Duration::from_micros(500),

@@ -212,7 +212,12 @@ impl Stage {
             Errand::Backup => {
                 // The process number makes it unlike any other.
                 let bytes = 4 + 32 * ids.len() + 1 + usize::try_from(process.number).unwrap_or(0);
-                let job = Job { ids: ids.to_vec(), manifest: block_of(ids, bytes), pause: self.plan.pause };
+                let job = Job {
+                    ids: ids.to_vec(),
+                    manifest: block_of(ids, bytes),
+                    block_bytes: self.plan.block_bytes,
+                    pause: self.plan.pause,
+                };
                 back_up(process.clone(), &job, &self.oracle, random).await
             }
             Errand::Restore => {
