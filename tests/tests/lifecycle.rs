@@ -140,6 +140,10 @@ fn sixty_days_of_backups_retention_and_collection_leave_every_kept_snapshot_as_i
     };
     let snapshots: u64 = if long() { 200 } else { 30 };
     let mut history = History::new(library)?;
+    // A repository of its own for the comparison, with the same keys: with others, chunks would begin elsewhere.
+    history.run(&["init"])?;
+    copy_tree(history.agent.home(), &history.path("fresh-home"))?;
+    copy_tree(&history.path("repository"), &history.path("fresh"))?;
     let source = history.path("source");
     let files = if long() { 2000 } else { 600 };
     let corpus = Corpus { files, seed: 33, beyond_path_max: false, ..Corpus::default() };
