@@ -99,7 +99,7 @@ fn mostly(random: &mut Random, usual: u64, other: u64, percent: u64) -> u64 {
 
 const STORM: Duration = Duration::from_mins(3);
 /// The storm of a world whose backups pause: longer than an incident may last, and than a session may be alone.
-const LONG_STORM: Duration = Duration::from_mins(100);
+const LONG_STORM: Duration = Duration::from_mins(60);
 
 impl Plan {
     /// What this seed means.
@@ -125,7 +125,7 @@ impl Plan {
             cut: None,
         };
         // 0: calm. Later ones have more of everything.
-        if profile == 0 && random.percent(40) {
+        if profile == 0 && random.percent(20) {
             plan.pause = Duration::from_secs(random.below(1200));
         }
         if profile >= 1 {
@@ -145,7 +145,7 @@ impl Plan {
                 };
                 plan.blows.push((at, blow));
             }
-            if random.percent(15) {
+            if random.percent(6) {
                 plan.pause_long(&mut random);
             }
             plan.blows.sort_by_key(|(at, _)| *at);
@@ -155,7 +155,7 @@ impl Plan {
 
     /// Backups that wait for a long time in their middle, and connections that are cut meanwhile.
     fn pause_long(&mut self, random: &mut Random) {
-        self.pause = Duration::from_mins(1 + random.below(90));
+        self.pause = Duration::from_mins(1 + random.below(50));
         self.storm = LONG_STORM;
         for _ in 0..1 + random.index(5) {
             self.blows.push((Duration::from_secs(random.below(LONG_STORM.as_secs())), Blow::CutEverything));
