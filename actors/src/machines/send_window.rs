@@ -316,6 +316,34 @@ mod tests {
         assert_eq!((window.in_flight(A), window.in_flight(B)), (0, 5));
     }
 
+    /// The successor joins before the old connection drains, one stream at a time (s15).
+    #[test]
+    fn s15_streams_that_are_replaced_one_by_one_never_empty_the_pipeline_and_send_nothing_twice() {
+        let mut window = SendWindow::new(4096);
+        let mut live: Vec<StreamIndex> = (0..4).map(StreamIndex).collect();
+        let mut sent = Vec::new();
+        for round in 0..40u16 {
+            let successor = StreamIndex(4 + round);
+            live.push(successor);
+            for block in 0..16 {
+                window.push(block, 10).unwrap();
+            }
+            for &stream in &live {
+                sent.extend(take(&mut window, stream, 3));
+            }
+            // The oldest takes nothing more, and says good-bye when what it carries is acknowledged.
+            let leaving = live.remove(0);
+            assert!(live.iter().filter(|&&stream| window.in_flight(stream) > 0).count() >= 4, "round {round}");
+            assert!(window.in_flight(leaving) > 0);
+            let (done, last) = (sent.len() as u64, window.last_sequence().unwrap().0);
+            window.acknowledge(done, &[]);
+            assert_eq!(window.in_flight(leaving), 0);
+            assert_eq!(window.stream_lost(leaving), 0, "nothing is left for others");
+            assert!(last >= done);
+        }
+        assert!(sent.is_sorted() && sent.windows(2).all(|pair| pair[0] < pair[1]), "sent twice");
+    }
+
     #[test]
     fn s04_a_block_that_two_streams_carry_survives_the_death_of_one_without_a_third_copy() {
         let mut window = filled(1);

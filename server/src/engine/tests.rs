@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::io;
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -450,6 +451,27 @@ async fn blocks_that_arrive_in_any_order_commit() {
     store(&repository, &lease, 0, tree_block(&[(id(100), &[], &[])])).await;
     store(&repository, &lease, 50, data_block(REPOSITORY, &(1..50).map(id).collect::<Vec<_>>())).await;
     commit_ok(&repository, &lease, Writer::full().manifest(id(149), "job")).await;
+}
+
+#[actix_rt::test]
+async fn s19_a_commit_reads_nothing_that_an_earlier_one_has_checked() {
+    let dir = tempfile::tempdir().unwrap();
+    let engine = open(dir.path()).await;
+    let repository = repository(&engine).await;
+    let lease = session(&repository, 1, DomainId::FULL).await;
+    let root = store_small(&repository, &lease).await;
+    commit_ok(&repository, &lease, Writer::full().manifest(root, "job")).await;
+    // Every block so far is made unreadable: a commit that looks at one of them again calls it missing.
+    let packs = packs(dir.path());
+    let pack = fs::OpenOptions::new().write(true).open(&packs[0]).unwrap();
+    let length = pack.metadata().unwrap().len();
+    pack.write_all_at(&vec![0; usize::try_from(length - 64).unwrap()], 64).unwrap();
+    let lease = session(&repository, 2, DomainId::FULL).await;
+    store(&repository, &lease, 0, data_block(REPOSITORY, &[id(50)])).await;
+    store(&repository, &lease, 1, tree_block(&[(id(60), &[id(50), id(1)], &[root])])).await;
+    commit_ok(&repository, &lease, Writer::full().manifest(id(60), "job")).await;
+    let missing = repository.read_block(repository.locate(DomainId::FULL, &[root]).await.unwrap()[0].unwrap()).await;
+    assert!(missing.is_err(), "the old blocks can be read, so this test shows nothing");
 }
 
 #[actix_rt::test]
