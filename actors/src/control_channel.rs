@@ -577,8 +577,11 @@ impl Handler<FrameArrived> for ControlChannel {
 impl Handler<ReadEnded> for ControlChannel {
     type Result = ();
 
-    fn handle(&mut self, ReadEnded(error): ReadEnded, ctx: &mut Context<Self>) {
-        self.lost(error.as_deref().unwrap_or("closed by the server"), ctx);
+    fn handle(&mut self, ended: ReadEnded, ctx: &mut Context<Self>) {
+        match ended {
+            ReadEnded::InOrder => self.lost("closed by the server", ctx),
+            ReadEnded::Broken(reason) | ReadEnded::Malformed(reason) => self.lost(&reason, ctx),
+        }
     }
 }
 

@@ -11,7 +11,7 @@ use actix::{Actor, ActorContext, ActorFutureExt, Addr, AsyncContext, Context, Ha
 use strandline_messages::mail::Peer;
 use strandline_messages::wire::{Attach, Message, OpenSession, Pong, RefusalCode, Refused, Tag};
 use strandline_messages::{ChunkId, Incarnation, limits};
-use tracing::debug;
+use tracing::{debug, info, warn};
 
 use crate::ports::Host;
 use crate::runtime::clock;
@@ -39,6 +39,8 @@ pub struct ControlHost {
     host: Arc<dyn Host>,
     registry: Addr<SessionRegistry>,
     session: Option<(Addr<Session>, Incarnation)>,
+    /// A session is being opened or attached to.
+    entering: bool,
     link: Option<Link>,
     requests: usize,
     /// Ids of queries under way.
@@ -63,6 +65,7 @@ impl ControlHost {
             host,
             registry,
             session: None,
+            entering: false,
             link: None,
             requests: 0,
             queried: 0,
@@ -73,9 +76,24 @@ impl ControlHost {
     }
 
     fn reply(&mut self, tag: Tag, message: &Message, ctx: &mut Context<Self>) {
+        if let Message::Refused(refusal) = message {
+            self.note(refusal);
+        }
         let sent = self.link.as_ref().map(|link| link.send(tag, message));
         if let Some(Err(error)) = sent {
             self.break_off(&error.to_string(), ctx);
+        }
+    }
+
+    /// What an honest agent is refused in the course of things is no warning.
+    fn note(&self, Refused { code, message }: &Refused) {
+        let (tenant, agent) = (&self.peer.tenant, self.peer.agent.short());
+        match code {
+            RefusalCode::Invalid | RefusalCode::NotPermitted => {
+                warn!(%tenant, %agent, ?code, reason = message, "request refused");
+            }
+            RefusalCode::Stopping => {}
+            _ => info!(%tenant, %agent, ?code, reason = message, "request answered with a refusal"),
         }
     }
 
@@ -128,17 +146,25 @@ impl ControlHost {
         self.reply(tag, answer, ctx);
     }
 
-    fn open_session(&mut self, tag: Tag, request: OpenSession, ctx: &mut Context<Self>) {
-        if self.session.is_some() {
+    /// One connection speaks for one session at most.
+    fn enter(&mut self, tag: Tag, ctx: &mut Context<Self>) -> bool {
+        if self.entering || self.session.is_some() {
             let refusal = Refused::new(RefusalCode::Invalid, "this connection speaks for a session already");
-            return self.reply(tag, &Message::Refused(refusal), ctx);
+            self.reply(tag, &Message::Refused(refusal), ctx);
+            return false;
         }
-        if !self.begin(tag, ctx) {
+        self.entering = self.begin(tag, ctx);
+        self.entering
+    }
+
+    fn open_session(&mut self, tag: Tag, request: OpenSession, ctx: &mut Context<Self>) {
+        if !self.enter(tag, ctx) {
             return;
         }
         let (peer, nonce, control) = (self.peer.clone(), self.nonce, ctx.address().recipient());
         let opening = self.registry.send(RegisterSession { peer, request, nonce, control });
         ctx.spawn(opening.into_actor(self).map(move |opened, control, ctx| {
+            control.entering = false;
             let answer = match opened {
                 Ok(Ok(registered)) => {
                     control.session = registered.session;
@@ -152,12 +178,13 @@ impl ControlHost {
     }
 
     fn attach(&mut self, tag: Tag, attach: Attach, ctx: &mut Context<Self>) {
-        if !self.begin(tag, ctx) {
+        if !self.enter(tag, ctx) {
             return;
         }
         let control = ctx.address().recipient();
         let attaching = self.registry.send(AttachSession { peer: self.peer.clone(), attach, control });
         ctx.spawn(attaching.into_actor(self).map(move |attached, control, ctx| {
+            control.entering = false;
             let answer = match attached {
                 Ok(Ok((session, attached))) => {
                     control.session = Some((session, attached.incarnation));
@@ -256,8 +283,15 @@ impl Handler<FrameArrived> for ControlHost {
 impl Handler<ReadEnded> for ControlHost {
     type Result = ();
 
-    fn handle(&mut self, ReadEnded(error): ReadEnded, ctx: &mut Context<Self>) {
-        self.break_off(error.as_deref().unwrap_or("closed by the agent"), ctx);
+    fn handle(&mut self, ended: ReadEnded, ctx: &mut Context<Self>) {
+        match ended {
+            ReadEnded::InOrder => self.break_off("closed by the agent", ctx),
+            ReadEnded::Broken(reason) => self.break_off(&reason, ctx),
+            ReadEnded::Malformed(reason) => {
+                self.note(&Refused::new(RefusalCode::Invalid, reason.as_str()));
+                self.break_off(&reason, ctx);
+            }
+        }
     }
 }
 

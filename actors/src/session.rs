@@ -70,6 +70,12 @@ pub struct Supersede;
 #[rtype(result = "()")]
 pub struct Revoke;
 
+/// From the registry: its agent has more sessions than the server keeps for one. One that nobody is connected to ends.
+/// Whether there is room now.
+#[derive(actix::Message)]
+#[rtype(result = "bool")]
+pub struct MakeRoom;
+
 /// From the registry: the server stops. The session stays open in the catalog; its streams drain.
 #[derive(actix::Message)]
 #[rtype(result = "()")]
@@ -599,6 +605,17 @@ impl Handler<Supersede> for Session {
     fn handle(&mut self, _: Supersede, ctx: &mut Context<Self>) {
         self.superseded = true;
         self.feed(Input::Fault("superseded: another session carries on for it".into()), ctx);
+    }
+}
+
+impl Handler<MakeRoom> for Session {
+    type Result = bool;
+
+    fn handle(&mut self, _: MakeRoom, ctx: &mut Context<Self>) -> bool {
+        if self.machine.is_abandoned() {
+            self.feed(Input::Fault("nobody was connected, and the machine opened too many other sessions".into()), ctx);
+        }
+        self.machine.ended().is_some()
     }
 }
 

@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use actix::{
     Actor, ActorFutureExt, Addr, AsyncContext, Context, Handler, Recipient, ResponseActFuture, ResponseFuture,
@@ -16,15 +17,18 @@ use strandline_messages::wire::{
     Attach, Attached, Committed, Message, OpenSession, RefusalCode, Refused, SessionKind, SessionOpened,
 };
 use strandline_messages::{AgentId, Incarnation, SessionId, SessionToken};
-use tracing::info;
+use tracing::{error, info, warn};
 
-use crate::machines::session::SessionLimits;
+use crate::machines::session::{SessionLimits, Terminal};
 use crate::planted::{self, Bug};
-use crate::ports::{Host, Opening};
+use crate::ports::{Host, Opening, SessionStore};
 use crate::session::{
-    AttachControl, Observe, Push, Quiesce, Revoke, Session, SessionEnded, SessionSeed, SessionView, Supersede,
+    AttachControl, MakeRoom, Observe, Push, Quiesce, Revoke, Session, SessionEnded, SessionSeed, SessionView, Supersede,
 };
 use crate::stream::{JoinGranted, JoinSession};
+
+/// How often it is looked whether every session is still there.
+const LOOK: Duration = Duration::from_secs(1);
 
 /// What sessions are given.
 #[derive(Clone, Debug)]
@@ -37,6 +41,8 @@ pub struct SessionSettings {
     pub credit_bytes: u64,
     /// Most streams of one session.
     pub max_streams: u16,
+    /// Most sessions of one agent. When it opens more, its oldest one that nobody is connected to ends.
+    pub agent_sessions_max: usize,
     /// Where streams connect to; empty: where the control connection is.
     pub data_addresses: Vec<String>,
 }
@@ -94,6 +100,11 @@ struct Entry {
     session: Addr<Session>,
     peer: Peer,
     token: SessionToken,
+    /// Counts the sessions of this registry: a smaller one is older.
+    number: u64,
+    store: Arc<dyn SessionStore>,
+    /// It was gone without a word at the last look.
+    missed: bool,
 }
 
 /// See the module.
@@ -101,20 +112,21 @@ pub struct SessionRegistry {
     host: Arc<dyn Host>,
     settings: SessionSettings,
     sessions: BTreeMap<SessionId, Entry>,
+    opened: u64,
     stopping: bool,
 }
 
 impl SessionRegistry {
     /// No sessions yet.
     pub fn new(host: Arc<dyn Host>, settings: SessionSettings) -> Self {
-        Self { host, settings, sessions: BTreeMap::new(), stopping: false }
+        Self { host, settings, sessions: BTreeMap::new(), opened: 0, stopping: false }
     }
 
     fn find(&self, peer: &Peer, id: SessionId, token: &SessionToken) -> Result<&Entry, Refused> {
         // One answer for "does not exist", "not yours" and "wrong token": existence is not told.
         self.sessions
             .get(&id)
-            .filter(|entry| entry.peer == *peer && entry.token == *token)
+            .filter(|entry| entry.peer == *peer && entry.token == *token && entry.session.connected())
             .ok_or_else(|| Refused::new(RefusalCode::NoSuchSession, "the server does not have this session"))
     }
 
@@ -148,14 +160,15 @@ impl SessionRegistry {
             kind,
             peer: peer.clone(),
             repository: request.request.repository,
-            store,
+            store: Arc::clone(&store),
             limits: self.settings.limits,
             credit: self.settings.credit_bytes,
             control: request.control,
             registry: ctx.address().recipient(),
         })
         .start();
-        let entry = Entry { session: session.clone(), peer, token };
+        self.opened += 1;
+        let entry = Entry { session: session.clone(), peer, token, number: self.opened, store, missed: false };
         if planted::here(Bug::AnswersBeforeItRegisters) {
             ctx.run_later(std::time::Duration::from_millis(200), move |registry, _| {
                 registry.sessions.insert(id, entry);
@@ -179,8 +192,61 @@ impl SessionRegistry {
     }
 }
 
+impl SessionRegistry {
+    /// The sessions of an agent that has as many as it may, the oldest first; none while it has fewer. The one that
+    /// `resumed` names does not count: the new session takes its place.
+    fn crowd(&self, agent: AgentId, resumed: Option<SessionId>) -> Vec<Addr<Session>> {
+        let counts = |(id, entry): &(&SessionId, &Entry)| entry.peer.agent == agent && Some(**id) != resumed;
+        let mut theirs: Vec<_> = self.sessions.iter().filter(counts).map(|(_, entry)| entry).collect();
+        if theirs.len() < self.settings.agent_sessions_max {
+            return Vec::new();
+        }
+        theirs.sort_by_key(|entry| entry.number);
+        theirs.into_iter().map(|entry| entry.session.clone()).collect()
+    }
+
+    /// Sessions say so when they end. One that has vanished without a word broke down on a bug of ours: nobody else ends
+    /// with it, and its lease must not hold on for ever. Looked at twice, because what it said may be under way.
+    fn bury_the_lost(&mut self, ctx: &mut Context<Self>) {
+        let mut lost = Vec::new();
+        for (id, entry) in &mut self.sessions {
+            if !entry.session.connected() && std::mem::replace(&mut entry.missed, true) {
+                lost.push(*id);
+            }
+        }
+        for id in lost {
+            let Some(entry) = self.sessions.remove(&id) else { continue };
+            error!(session = %id.short(), "the session broke down; other sessions go on");
+            let recording = entry.store.end(Terminal::Failed, "the server broke down in this session".into());
+            ctx.spawn(recording.into_actor(self).map(move |recorded, _, _| {
+                if let Err(fault) = recorded {
+                    warn!(session = %id.short(), %fault, "the session's end could not be recorded");
+                }
+            }));
+        }
+    }
+}
+
+async fn make_room(crowd: Vec<Addr<Session>>) -> Result<(), Refused> {
+    let count = crowd.len();
+    for session in crowd {
+        // One that has ended by itself meanwhile has made room, too.
+        if session.send(MakeRoom).await.unwrap_or(true) {
+            return Ok(());
+        }
+    }
+    if count == 0 {
+        return Ok(());
+    }
+    Err(Refused::new(RefusalCode::Full, format!("this machine has {count} sessions at once, as many as it may")))
+}
+
 impl Actor for SessionRegistry {
     type Context = Context<Self>;
+
+    fn started(&mut self, ctx: &mut Context<Self>) {
+        ctx.run_interval(LOOK, Self::bury_the_lost);
+    }
 }
 
 impl Handler<RegisterSession> for SessionRegistry {
@@ -192,7 +258,13 @@ impl Handler<RegisterSession> for SessionRegistry {
         }
         let [id @ .., _, _, _, _, _, _, _, _, _, _, _, _, _, _, _, _] = self.host.random();
         let id = SessionId(id);
-        let opening = self.host.open(request.peer.clone(), id, request.request.clone(), request.nonce);
+        let host = Arc::clone(&self.host);
+        let crowd = self.crowd(request.peer.agent, request.request.resume_of);
+        let (peer, asked, nonce) = (request.peer.clone(), request.request.clone(), request.nonce);
+        let opening = async move {
+            make_room(crowd).await?;
+            host.open(peer, id, asked, nonce).await
+        };
         let registering = opening
             .into_actor(self)
             .map(move |opening, registry, ctx| opening.map(|opening| registry.register(id, request, opening, ctx)));

@@ -92,11 +92,15 @@ pub enum Origin {
 /// See the module.
 pub struct Stream {
     origin: Option<Origin>,
+    role: Role,
     machine: StreamMachine,
     index: StreamIndex,
     incarnation: Incarnation,
     owner: Option<Recipient<StreamEvent>>,
-    peer: Option<(Peer, Recipient<JoinSession>)>,
+    /// Acceptor: who is at the other end.
+    peer: Option<Peer>,
+    /// Acceptor, until it is asked.
+    registry: Option<Recipient<JoinSession>>,
     intake: Option<Intake>,
     link: Option<Link>,
     /// Blocks received and not yet durable.
@@ -124,11 +128,13 @@ impl Stream {
         };
         Self {
             origin: Some(origin),
+            role,
             machine: StreamMachine::new(role, stream_limits, clock::now()),
             index,
             incarnation,
             owner: None,
             peer: None,
+            registry: None,
             intake: None,
             link: None,
             storing: 0,
@@ -170,11 +176,20 @@ impl Stream {
         }
     }
 
+    /// The peer does not keep to the protocol. A server's log names it.
+    fn offended(&mut self, reason: String, ctx: &mut Context<Self>) {
+        if let Some(peer) = &self.peer {
+            let (tenant, agent) = (&peer.tenant, peer.agent.short());
+            warn!(%tenant, %agent, stream = self.index.0, reason, "data connection refused");
+        }
+        self.feed(Input::Fault(reason), ctx);
+    }
+
     fn close(&mut self, ctx: &mut Context<Self>) {
         if !matches!(self.link.as_ref().map(Link::close), Some(Ok(()))) {
             // Never connected, or the writer has ended: there is no half left that could be closed in order.
             ctx.notify(Wrote::Closed);
-            ctx.notify(ReadEnded(None));
+            ctx.notify(ReadEnded::InOrder);
         }
     }
 
@@ -218,6 +233,12 @@ impl Stream {
     fn receive(&mut self, message: Message, ctx: &mut Context<Self>) {
         match message {
             Message::Join(join) => self.ask_registry(join, ctx),
+            // What only a server says would make an agent's connection a member of no session.
+            Message::Joined | Message::Ack(_) | Message::Drained | Message::Refused(_)
+                if self.role == Role::Acceptor =>
+            {
+                self.offended(format!("{} is not for an agent to say", message.name()), ctx);
+            }
             Message::Joined => {
                 self.feed(Input::Joined, ctx);
                 if self.machine.is_active() {
@@ -236,13 +257,13 @@ impl Stream {
                 self.refusal = Some(refusal.clone());
                 self.feed(Input::Fault(refusal.message), ctx);
             }
-            other => self.feed(Input::Fault(format!("{} does not belong on a data stream", other.name())), ctx),
+            other => self.offended(format!("{} does not belong on a data stream", other.name()), ctx),
         }
     }
 
     fn ask_registry(&mut self, join: Join, ctx: &mut Context<Self>) {
-        let Some((peer, registry)) = self.peer.take() else {
-            return self.feed(Input::Fault("the peer joined twice".into()), ctx);
+        let (Some(peer), Some(registry)) = (self.peer.clone(), self.registry.take()) else {
+            return self.offended("the peer joined twice".into(), ctx);
         };
         (self.index, self.incarnation) = (join.index, join.incarnation);
         let asking = registry.send(JoinSession { peer, join, stream: ctx.address() });
@@ -253,7 +274,8 @@ impl Stream {
                 stream.feed(Input::Joined, ctx);
             }
             Ok(Err(refusal)) => {
-                warn!(stream = stream.index.0, reason = refusal.message, "join refused");
+                let peer = stream.peer.as_ref().map(|peer| (peer.tenant.to_string(), peer.agent.short()));
+                warn!(stream = stream.index.0, ?peer, reason = refusal.message, "join refused");
                 stream.send(&Message::Refused(refusal.clone()), ctx);
                 stream.feed(Input::Fault(refusal.message), ctx);
             }
@@ -264,15 +286,15 @@ impl Stream {
     fn take_block(&mut self, block: BlockFrame, permit: Option<OwnedSemaphorePermit>, ctx: &mut Context<Self>) {
         let Some(intake) = &self.intake else {
             // An initiator's owner bounds these by its credit.
-            if self.peer.is_none() && self.machine.is_active() {
+            if self.role == Role::Initiator && self.machine.is_active() {
                 return self.report(StreamFact::Arrived(block));
             }
-            return self.feed(Input::Fault("a block came before the join".into()), ctx);
+            return self.offended("a block that nobody asked for".into(), ctx);
         };
         let window_end = intake.watermark.load(Ordering::Acquire).saturating_add(limits::SEQUENCE_WINDOW);
         if block.sequence.0 >= window_end {
             let reason = format!("block {} lies beyond the window, which ends at {window_end}", block.sequence.0);
-            return self.feed(Input::Fault(reason), ctx);
+            return self.offended(reason, ctx);
         }
         self.storing += 1;
         let storing = intake.store.store(block.sequence, block.block);
@@ -295,9 +317,7 @@ impl Stream {
                 intake.tracker.do_send(BlockStored(durable));
                 self.unannounced = true;
             }
-            Err(StoreFault::BadBlock(reason)) => {
-                self.feed(Input::Fault(format!("block {}: {reason}", sequence.0)), ctx);
-            }
+            Err(StoreFault::BadBlock(reason)) => self.offended(format!("block {}: {reason}", sequence.0), ctx),
             Err(fault) => {
                 let full = matches!(fault, StoreFault::Full(_));
                 intake.session.do_send(StoreFailed { full, reason: fault.to_string() });
@@ -321,6 +341,10 @@ impl Actor for Stream {
             if stream.link.as_ref().is_some_and(Link::take_progress) {
                 stream.feed(Input::Progress, ctx);
             }
+            let is_orphan = stream.owner.as_ref().is_some_and(|owner| !owner.connected());
+            if is_orphan && stream.role == Role::Acceptor {
+                stream.feed(Input::Fault("the session is gone".into()), ctx);
+            }
             stream.feed(Input::Tick, ctx);
         });
         match self.origin.take() {
@@ -329,7 +353,7 @@ impl Actor for Stream {
                 self.connect(connector, address, join, limit, ctx);
             }
             Some(Origin::Accepted { connection, peer, registry, budget }) => {
-                self.peer = Some((peer, registry));
+                (self.peer, self.registry) = (Some(peer), Some(registry));
                 self.link = Some(Link::spawn(connection, Some(budget), None, ctx));
                 self.feed(Input::Connected, ctx);
             }
@@ -348,7 +372,7 @@ impl Handler<FrameArrived> for Stream {
             Message::decode(&frame).map(|(_tag, message)| self.receive(message, ctx))
         };
         if let Err(error) = taken {
-            self.feed(Input::Fault(error.to_string()), ctx);
+            self.offended(error.to_string(), ctx);
         }
     }
 }
@@ -356,8 +380,12 @@ impl Handler<FrameArrived> for Stream {
 impl Handler<ReadEnded> for Stream {
     type Result = ();
 
-    fn handle(&mut self, ReadEnded(error): ReadEnded, ctx: &mut Context<Self>) {
-        self.feed(error.map_or(Input::PeerClosed, Input::Fault), ctx);
+    fn handle(&mut self, ended: ReadEnded, ctx: &mut Context<Self>) {
+        match ended {
+            ReadEnded::InOrder => self.feed(Input::PeerClosed, ctx),
+            ReadEnded::Broken(reason) => self.feed(Input::Fault(reason), ctx),
+            ReadEnded::Malformed(reason) => self.offended(reason, ctx),
+        }
     }
 }
 

@@ -13,7 +13,10 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use futures_util::future::join_all;
-use support::{Agent, Break, Cut, Pipes, Server};
+use strandline_actors::control_channel::{AskError, AskServer};
+use strandline_actors::machines::session::Terminal;
+use strandline_messages::wire::{Message, QueryChunks, RefusalCode, join_ids};
+use support::{Agent, Break, Cut, POISON, Pipes, Server};
 
 /// Bounds a whole test: a hang is a failure, not a wait.
 async fn within<T>(seconds: u64, work: impl Future<Output = T>) -> T {
@@ -111,4 +114,29 @@ async fn s21_a_connection_cut_at_any_byte_in_any_direction_converges() {
         }
     }
     assert!(reached > 1000, "only {reached} cuts took effect");
+}
+
+#[actix_rt::test]
+async fn s22_a_panic_in_one_session_ends_that_session_alone() {
+    let server = Server::start(4);
+    let pipes = || Pipes::new(server.clone(), 4096, Vec::new());
+    let healthy = Agent::begin(pipes(), 4).await.unwrap();
+    let broken = Agent::begin(pipes(), 4).await.unwrap();
+    assert_eq!(server.sessions().await, 2);
+    let query = Message::QueryChunks(QueryChunks { ids: join_ids([&POISON]) });
+    let answer = within(60, broken.control.send(AskServer(query))).await.unwrap();
+    let refused = matches!(&answer, Err(AskError::Refused(refusal)) if refusal.code == RefusalCode::NoSuchSession);
+    assert!(refused, "{answer:?}");
+    // Its lease would hold collections back for ever: its end is recorded although it cannot say so any more.
+    let recorded = async {
+        while server.host.kept.lock().ended.is_empty() {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    within(60, recorded).await;
+    assert!(matches!(server.host.kept.lock().ended[..], [(_, Terminal::Failed)]));
+    assert_eq!(server.sessions().await, 1);
+    within(60, healthy.back_up(200, 1000)).await.unwrap();
+    within(60, Agent::begin(pipes(), 4).await.unwrap().back_up(20, 100)).await.unwrap();
+    assert_eq!(server.host.kept.lock().snapshots.len(), 2);
 }

@@ -146,6 +146,7 @@ fn settings() -> CoreSettings {
             window_bytes: 64 << 20,
             credit_bytes: CREDIT_BYTES,
             max_streams: limits::STREAMS_MAX,
+            agent_sessions_max: usize::MAX,
             data_addresses: Vec::new(),
         },
         streams: StreamLimits::default(),

@@ -21,6 +21,8 @@ pub const XATTRS_MAX: usize = 1024;
 
 /// Longest body of a control frame, bytes.
 pub const CONTROL_BYTES_MAX: usize = 1 << 20;
+/// Longest body of a frame before both sides have greeted, and in an enrolment, bytes: nobody is known yet.
+pub const GREETING_BYTES_MAX: usize = 64 << 10;
 /// Longest encrypted body of a block, bytes.
 pub const BLOCK_BODY_BYTES_MAX: usize = 4 << 20;
 /// Longest chunk table of a block, bytes.

@@ -107,6 +107,8 @@ pub struct Config {
     pub log: Log,
     /// Certificates.
     pub certificates: Certificates,
+    /// What anybody may take of the server.
+    pub limits: Limits,
 }
 
 /// The log.
@@ -128,6 +130,38 @@ pub struct Certificates {
     pub agent_validity: Duration,
 }
 
+/// What anybody may take of the server, so that enough is left for others.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Limits {
+    /// Most connections in all. Three quarters of the descriptors that the system allows, if that is less.
+    pub connections: usize,
+    /// Most connections from one IPv4 address, or from one IPv6 network of 64 bits.
+    pub connections_per_address: usize,
+    /// Most connections of one agent.
+    pub connections_per_agent: usize,
+    /// Most sessions of one agent: when it opens more, its oldest one that nobody is connected to ends.
+    pub sessions_per_agent: usize,
+    /// Most handshakes at once: when more come, the oldest one of the busiest address gives way.
+    pub handshakes: usize,
+    /// How long a handshake may take, and an enrolment after it.
+    #[serde(with = "humantime_serde")]
+    pub handshake_timeout: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            connections: 16_384,
+            connections_per_address: 4096,
+            connections_per_agent: 512,
+            sessions_per_agent: 64,
+            handshakes: 1024,
+            handshake_timeout: Duration::from_secs(10),
+        }
+    }
+}
+
 impl Default for Config {
     fn default() -> Self {
         Self {
@@ -141,6 +175,7 @@ impl Default for Config {
             progress_timeout: Duration::from_mins(1),
             log: Log::default(),
             certificates: Certificates::default(),
+            limits: Limits::default(),
         }
     }
 }
@@ -238,6 +273,22 @@ impl Config {
         })?;
         check("certificates.agent_validity", self.certificates.agent_validity >= Duration::from_hours(1), || {
             "must be at least 1h".into()
+        })?;
+        self.check_limits()
+    }
+
+    fn check_limits(&self) -> Result<(), ConfigError> {
+        let limits = &self.limits;
+        let least = usize::from(self.max_streams) + 1;
+        let session = || format!("must be at least {least}: one session has as many connections");
+        check("limits.connections", limits.connections >= least, session)?;
+        check("limits.connections_per_address", limits.connections_per_address >= least, session)?;
+        check("limits.connections_per_agent", limits.connections_per_agent >= least, session)?;
+        check("limits.sessions_per_agent", limits.sessions_per_agent >= 1, || "must be at least 1".into())?;
+        check("limits.handshakes", limits.handshakes >= 16, || "must be at least 16".into())?;
+        let (least, most) = (Duration::from_secs(1), Duration::from_mins(1));
+        check("limits.handshake_timeout", (least..=most).contains(&limits.handshake_timeout), || {
+            "must be from 1s to 1min".into()
         })
     }
 }
@@ -319,6 +370,29 @@ fn commented(config: &Config) -> String {
         "How long an agent's certificate lasts.",
         "[certificates]\nagent_validity",
         time(config.certificates.agent_validity),
+    );
+    let limits = &config.limits;
+    put("Most connections in all.", "[limits]\nconnections", limits.connections.to_string());
+    put(
+        "Most connections from one IPv4 address, or from one IPv6 network of 64 bits.",
+        "connections_per_address",
+        limits.connections_per_address.to_string(),
+    );
+    put("Most connections of one agent.", "connections_per_agent", limits.connections_per_agent.to_string());
+    put(
+        "Most sessions of one agent: when it opens more, its oldest one that nobody is connected to ends.",
+        "sessions_per_agent",
+        limits.sessions_per_agent.to_string(),
+    );
+    put(
+        "Most handshakes at once: when more come, the oldest one of the busiest address gives way.",
+        "handshakes",
+        limits.handshakes.to_string(),
+    );
+    put(
+        "How long a handshake may take, and an enrolment after it.",
+        "handshake_timeout",
+        time(limits.handshake_timeout),
     );
     text.truncate(text.trim_end().len());
     text.push('\n');

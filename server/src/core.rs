@@ -55,6 +55,7 @@ impl From<&Config> for CoreSettings {
                 window_bytes: config.window_bytes,
                 credit_bytes: CREDIT_BYTES,
                 max_streams: config.max_streams,
+                agent_sessions_max: config.limits.sessions_per_agent,
                 data_addresses: Vec::new(),
             },
             streams: StreamLimits { progress: config.progress_timeout, ..StreamLimits::default() },

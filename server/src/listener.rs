@@ -1,4 +1,4 @@
-//! `Listener`: accepts TCP connections, limits and times handshakes, and hands each to a worker arbiter.
+//! `Listener`: accepts TCP connections, asks [`Admission`] about each, times its handshake, and hands it to a worker arbiter.
 //!
 //! It owns the listening sockets and nothing after the hand-over: TLS, greeting and everything behind run on the worker.
 //! It ends when the server stops, before anything else is closed.
@@ -11,23 +11,21 @@ use std::time::Duration;
 use actix::{Actor, AsyncContext, Context, Handler};
 use actix_rt::ArbiterHandle;
 use strandline_actors::runtime::clock;
-use strandline_actors::runtime::transport::{Connection, read_message, write_message};
+use strandline_actors::runtime::transport::{Connection, LinkError, read_message, write_message};
 use strandline_messages::identity::EnrolmentSecret;
 use strandline_messages::mail::Peer;
 use strandline_messages::wire::{Enroll, Enrolled, Message, RefusalCode, Refused};
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpListener;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 
+use crate::admission::{Admission, Counted, GiveWay, Visit};
 use crate::core::ServerCore;
 use crate::pki::Authority;
 use crate::tenancy::{Tenancy, enrol};
-use crate::tls::{Accepted, AgentPeer, HANDSHAKE_TIMEOUT, accepted_peer};
+use crate::tls::{Accepted, AgentPeer, accepted_peer};
 
-/// Handshakes under way at once. A mute peer holds one of them, and a descriptor, for the handshake's time limit.
-const HANDSHAKES_MAX: usize = 1024;
 /// After accepting failed (descriptors exhausted): wait before trying again.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -43,6 +41,8 @@ pub struct Door {
     pub agent_validity: Duration,
     /// Serves greeted connections.
     pub core: ServerCore,
+    /// Says how many there may be.
+    pub admission: Arc<Admission>,
 }
 
 /// Stop accepting. Sockets that were accepted go on.
@@ -81,11 +81,9 @@ impl Actor for Listener {
     type Context = Context<Self>;
 
     fn started(&mut self, ctx: &mut Context<Self>) {
-        let handshakes = Arc::new(Semaphore::new(HANDSHAKES_MAX));
         for socket in self.sockets.drain(..) {
             let Ok(socket) = TcpListener::from_std(socket) else { continue };
-            let serving =
-                accept_for_ever(socket, Arc::clone(&self.door), self.workers.clone(), Arc::clone(&handshakes));
+            let serving = accept_for_ever(socket, Arc::clone(&self.door), self.workers.clone());
             self.accepting.push(ctx.spawn(actix::fut::wrap_future(serving)));
         }
     }
@@ -101,15 +99,9 @@ impl Handler<StopListening> for Listener {
     }
 }
 
-async fn accept_for_ever(
-    socket: TcpListener,
-    door: Arc<Door>,
-    workers: Vec<ArbiterHandle>,
-    handshakes: Arc<Semaphore>,
-) {
+async fn accept_for_ever(socket: TcpListener, door: Arc<Door>, workers: Vec<ArbiterHandle>) {
     let mut next = 0usize;
     loop {
-        let Ok(permit) = Arc::clone(&handshakes).acquire_owned().await else { return };
         let (connection, address) = match socket.accept().await {
             Ok(accepted) => accepted,
             Err(error) => {
@@ -118,12 +110,19 @@ async fn accept_for_ever(
                 continue;
             }
         };
+        let (visit, give_way) = match door.admission.enter(address.ip()) {
+            Ok(entered) => entered,
+            Err(reason) => {
+                tracing::warn!(peer = %address, %reason, "connection refused");
+                continue;
+            }
+        };
         // Small acknowledgements would otherwise wait 40 ms for company.
         let prepared = connection.set_nodelay(true).and_then(|()| connection.into_std());
         let Ok(connection) = prepared else { continue };
         let door = Arc::clone(&door);
         let entering = async move {
-            if let Err(reason) = enter(&door, connection, permit).await {
+            if let Err(reason) = enter(&door, connection, visit, give_way).await {
                 tracing::warn!(peer = %address, reason, "connection refused");
             }
         };
@@ -135,38 +134,67 @@ async fn accept_for_ever(
     }
 }
 
-async fn enter(door: &Door, connection: std::net::TcpStream, permit: OwnedSemaphorePermit) -> Result<(), String> {
+async fn enter(
+    door: &Door,
+    connection: std::net::TcpStream,
+    mut visit: Visit,
+    give_way: GiveWay,
+) -> Result<(), String> {
     let connection = tokio::net::TcpStream::from_std(connection).map_err(|error| error.to_string())?;
-    let handshake = tokio::time::timeout(HANDSHAKE_TIMEOUT, door.tls.accept(connection));
+    let handshake = tokio::select! {
+        // Admission's log tells of it.
+        _ = give_way => return Ok(()),
+        handshake = shake_hands(door, connection, &mut visit) => handshake?,
+    };
+    let Some((connection, peer)) = handshake else { return Ok(()) };
+    let connection: Connection = Box::new(Counted::new(connection, visit));
+    door.core.serve(connection, peer).await.map_err(|error| error.to_string())
+}
+
+/// Everything before it is settled who is there; `None` if that was all that the peer came for.
+async fn shake_hands(
+    door: &Door,
+    connection: tokio::net::TcpStream,
+    visit: &mut Visit,
+) -> Result<Option<(TlsStream<tokio::net::TcpStream>, Peer)>, String> {
+    let limit = door.admission.handshake_timeout();
+    let handshake = tokio::time::timeout(limit, door.tls.accept(connection));
     let connection = handshake.await.map_err(|_| "no handshake in time")?.map_err(|error| format!("TLS: {error}"))?;
     match accepted_peer(connection.get_ref().1).map_err(|refusal| refusal.to_string())? {
-        Accepted::Enrolling => tokio::time::timeout(HANDSHAKE_TIMEOUT, enrol_machine(door, connection))
-            .await
-            .map_err(|_| "enrolment took too long".to_owned())?,
+        Accepted::Enrolling => {
+            let enrolling = tokio::time::timeout(limit, enrol_machine(door, connection));
+            enrolling.await.map_err(|_| "enrolment took too long".to_owned())?.map(|()| None)
+        }
         Accepted::Agent(agent) => {
-            let mut connection: Connection = Box::new(connection);
-            match admit(door, &agent).await {
-                Ok(peer) => {
-                    drop(permit);
-                    door.core.serve(connection, peer).await.map_err(|error| error.to_string())
-                }
+            let (refusal, reason) = match admit(door, &agent).await {
+                Ok(peer) => match visit.identify(peer.agent) {
+                    Ok(()) => return Ok(Some((connection, peer))),
+                    Err(reason) => (Refused::new(RefusalCode::Full, reason.to_string()), reason.to_string()),
+                },
                 Err(reason) => {
                     let text = "the server does not admit this machine: it is not enrolled (any more); enrol it again";
-                    let refusal = Message::Refused(Refused::new(RefusalCode::NotPermitted, text));
-                    write_message(&mut connection, &refusal).await.map_err(|error| error.to_string())?;
-                    connection.shutdown().await.map_err(|error| error.to_string())?;
-                    Err(reason)
+                    (Refused::new(RefusalCode::NotPermitted, text), reason)
                 }
-            }
+            };
+            // A peer that is slow to hear it has nothing that is worth waiting for.
+            let _ = tokio::time::timeout(limit, turn_away(connection, refusal)).await;
+            Err(format!("agent {} of tenant {}: {reason}", agent.identity.agent, agent.identity.tenant))
         }
     }
+}
+
+async fn turn_away(mut connection: TlsStream<tokio::net::TcpStream>, refusal: Refused) -> Result<(), LinkError> {
+    // Closing a socket with bytes unread would reset it, and the peer might not hear why.
+    read_message(&mut connection).await?;
+    write_message(&mut connection, &Message::Refused(refusal)).await?;
+    Ok(connection.shutdown().await?)
 }
 
 async fn admit(door: &Door, agent: &AgentPeer) -> Result<Peer, String> {
     let identity = &agent.identity;
     let enrolled = door.tenancy.is_enrolled(identity.agent, &identity.tenant, &agent.key_hash).await;
     if !enrolled.map_err(|error| error.to_string())? {
-        return Err(format!("agent {} of tenant {} is not enrolled (any more)", identity.agent, identity.tenant));
+        return Err("not enrolled (any more)".into());
     }
     if let Err(error) = door.tenancy.seen(identity.agent, clock::wall_ns()).await {
         tracing::warn!(%error, "when the agent was seen could not be noted");

@@ -18,7 +18,8 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_rustls::TlsAcceptor;
 
 use crate::admin::{AdminSocket, Administrator, RepositoryStatus, ServerState, SessionStatus};
-use crate::config::Config;
+use crate::admission::Admission;
+use crate::config::{Config, Limits};
 use crate::core::{CoreSettings, ServerCore};
 use crate::engine::{Engine, EngineOptions};
 use crate::host::Renewer;
@@ -157,7 +158,7 @@ impl ServerState for Serving {
 pub async fn serve(options: ServeOptions) -> anyhow::Result<()> {
     let ServeOptions { data, config_path, config, lock_wait } = options;
     let mut signals = Signals::listen().context("cannot listen to signals")?;
-    raise_descriptor_limit();
+    let descriptors = raise_descriptor_limit();
     let engine = Arc::new(Engine::open(&data, EngineOptions { lock_wait }).await?);
     let tenancy = Tenancy::open(engine.pool().clone(), &data).await?;
     let authority = Arc::new(Authority::load(&data)?);
@@ -174,6 +175,7 @@ pub async fn serve(options: ServeOptions) -> anyhow::Result<()> {
         authority: Arc::clone(&authority),
         agent_validity: config.certificates.agent_validity,
         core: core.clone(),
+        admission: Admission::new(within(config.limits.clone(), descriptors)),
     });
     let workers: Vec<_> = (0..worker_count()).map(|_| Arbiter::new()).collect();
     let listener = Listener::bind(&config.listen, door, workers.iter().map(Arbiter::handle).collect())?;
@@ -234,13 +236,20 @@ fn worker_count() -> usize {
     std::thread::available_parallelism().map_or(2, usize::from)
 }
 
-/// Every connection is a descriptor: as many as the system allows.
-fn raise_descriptor_limit() {
+/// Every connection is a descriptor: as many as the system allows. Returns how many that are; `None`: any number.
+fn raise_descriptor_limit() -> Option<u64> {
     let limit = getrlimit(Resource::Nofile);
     let raised = Rlimit { current: limit.maximum, maximum: limit.maximum };
     if let Err(error) = setrlimit(Resource::Nofile, raised) {
         tracing::warn!(%error, "the limit of open descriptors could not be raised");
     }
+    getrlimit(Resource::Nofile).current
+}
+
+/// A quarter of the descriptors is left for packs and catalog: a server that cannot open them serves nobody.
+fn within(limits: Limits, descriptors: Option<u64>) -> Limits {
+    let most = descriptors.map_or(usize::MAX, |most| usize::try_from(most / 4 * 3).unwrap_or(usize::MAX));
+    Limits { connections: limits.connections.min(most), ..limits }
 }
 
 /// Reads the configuration again. The certificate's names take effect at once; returns them. A configuration that cannot

@@ -6,7 +6,6 @@
 //! asked of the tenancy tables after every handshake; a certificate alone does not show it.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use parking_lot::RwLock;
 use rustls::client::danger::HandshakeSignatureValid;
@@ -21,9 +20,6 @@ use strandline_actors::runtime::clock;
 use strandline_messages::identity::{ALPN_ENROLMENT, ALPN_SESSION, Identity};
 
 use crate::pki::{Authority, PeerError, ServerIdentity, identity_of, key_hash_of};
-
-/// How long a handshake may take in all before the connection is closed: a peer that says nothing holds a descriptor.
-pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Why TLS could not be set up.
 #[derive(Debug, thiserror::Error)]

@@ -237,6 +237,19 @@ impl Drop for Process {
     }
 }
 
+/// Memory that the process `id` has in use (its resident set), bytes.
+pub fn resident_bytes(id: u32) -> Result<u64> {
+    let status = std::fs::read_to_string(format!("/proc/{id}/status"))?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("no VmRSS")?;
+    let kib: u64 = line.trim().trim_end_matches(" kB").parse()?;
+    Ok(kib << 10)
+}
+
+/// How many descriptors the process `id` has open.
+pub fn descriptors(id: u32) -> Result<usize> {
+    Ok(std::fs::read_dir(format!("/proc/{id}/fd"))?.count())
+}
+
 /// The first `address:port` in a line of log.
 fn first_address(line: &str) -> Option<SocketAddr> {
     line.split(|c: char| c.is_whitespace() || "\"'`,;()=<>/".contains(c))

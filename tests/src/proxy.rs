@@ -110,6 +110,7 @@ struct Shared {
     changed: Condvar,
     accepted: AtomicU64,
     carried: [AtomicU64; 2],
+    cuts: AtomicU64,
     refusing: AtomicBool,
     stopping: AtomicBool,
 }
@@ -131,6 +132,7 @@ impl Proxy {
             changed: Condvar::new(),
             accepted: AtomicU64::new(0),
             carried: [AtomicU64::new(0), AtomicU64::new(0)],
+            cuts: AtomicU64::new(0),
             refusing: AtomicBool::new(false),
             stopping: AtomicBool::new(false),
         });
@@ -174,6 +176,11 @@ impl Proxy {
     /// How many bytes all connections have carried in `direction`.
     pub fn carried_bytes(&self, direction: Direction) -> u64 {
         self.shared.carried(direction).load(Ordering::SeqCst)
+    }
+
+    /// How many connections a plan has broken.
+    pub fn planned_cuts(&self) -> u64 {
+        self.shared.cuts.load(Ordering::SeqCst)
     }
 
     /// Breaks every connection of the moment. Returns how many there were.
@@ -282,13 +289,13 @@ impl Link {
         *lock(&self.fault)
     }
 
-    /// The first fault counts, but a stalled or finished connection can still be reset.
-    fn break_with(&self, fault: Fault) {
+    /// The first fault counts, but a stalled or finished connection can still be reset. Whether it was the first.
+    fn break_with(&self, fault: Fault) -> bool {
         let mut state = lock(&self.fault);
         if state.is_some() && fault != Fault::Reset {
-            return;
+            return false;
         }
-        *state = Some(fault);
+        let is_first = state.replace(fault).is_none();
         for socket in [&self.client, &self.server] {
             match fault {
                 Fault::Reset => reset_on_close(socket),
@@ -296,6 +303,7 @@ impl Link {
                 Fault::Stall => {}
             }
         }
+        is_first
     }
 }
 

@@ -145,6 +145,11 @@ impl SessionMachine {
         self.streams
     }
 
+    /// Whether nobody is connected and nothing is at work: the session only waits for its agent to come back.
+    pub fn is_abandoned(&self) -> bool {
+        self.alone_since.is_some() && !matches!(self.state, State::Committing | State::Ended(_))
+    }
+
     /// How the session ended, if it has.
     pub fn ended(&self) -> Option<Terminal> {
         match self.state {

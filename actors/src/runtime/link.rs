@@ -34,10 +34,17 @@ pub struct FrameArrived {
     pub permit: Option<OwnedSemaphorePermit>,
 }
 
-/// The reading half has ended: `None` in good order, between two frames.
+/// The reading half has ended.
 #[derive(ActixMessage)]
 #[rtype(result = "()")]
-pub struct ReadEnded(pub Option<String>);
+pub enum ReadEnded {
+    /// In good order, between two frames.
+    InOrder,
+    /// The connection broke.
+    Broken(String),
+    /// What came in is not a frame that may come in.
+    Malformed(String),
+}
 
 /// The writing half says.
 #[derive(ActixMessage)]
@@ -150,7 +157,11 @@ async fn read<A: LinkOwner>(
     moved: Rc<Cell<bool>>,
 ) {
     let ended = read_frames(&mut reader, &actor, budget, &moved).await;
-    actor.do_send(ReadEnded(ended.err().map(|error| error.to_string())));
+    actor.do_send(match ended {
+        Ok(()) => ReadEnded::InOrder,
+        Err(LinkError::Wire(error)) => ReadEnded::Malformed(error.to_string()),
+        Err(error) => ReadEnded::Broken(error.to_string()),
+    });
 }
 
 async fn read_frames<A: LinkOwner>(

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use bytes::BytesMut;
 use futures_util::future::BoxFuture;
+use strandline_messages::limits;
 use strandline_messages::wire::frame::{FLAG_CRITICAL, HEADER_BYTES};
 use strandline_messages::wire::message::is_known_kind;
 use strandline_messages::wire::{
@@ -101,7 +102,8 @@ pub async fn open(
         },
         Ok(Ok(Message::Refused(refusal))) => Err(ConnectFault {
             message: format!("{target} refused the connection: {refusal}"),
-            retry: refusal.code == RefusalCode::Stopping,
+            // The machine's other connections end some time.
+            retry: matches!(refusal.code, RefusalCode::Stopping | RefusalCode::Full),
             refusal: Some(refusal),
         }),
         Ok(Ok(other)) => Err(ConnectFault::lasting(format!("{target} greeted with {}", other.name()))),
@@ -155,12 +157,17 @@ pub async fn write_message<W: AsyncWrite + Unpin>(writer: &mut W, message: &Mess
     Ok(())
 }
 
-/// Reads exactly one message, not a byte more.
+/// Reads exactly one message, not a byte more. For greetings and enrolments: the peer may be anybody, so their length has a
+/// limit of its own.
 pub async fn read_message<R: AsyncRead + Unpin>(reader: &mut R) -> Result<Message, LinkError> {
     loop {
         let mut header = [0; HEADER_BYTES];
         reader.read_exact(&mut header).await?;
         let header = FrameHeader::decode(header)?;
+        if header.len as usize > limits::GREETING_BYTES_MAX {
+            let (found, max) = (header.len.into(), limits::GREETING_BYTES_MAX as u64);
+            return Err(WireError::FrameTooLong { kind: header.kind, found, max }.into());
+        }
         let mut body = BytesMut::zeroed(header.len as usize);
         reader.read_exact(&mut body).await?;
         // A kind that this version does not know is skipped unless it is critical, as on every connection.

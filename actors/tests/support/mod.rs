@@ -24,7 +24,7 @@ use strandline_actors::machines::stream::StreamLimits;
 use strandline_actors::ports::{BlockPlace, CommitOutcome, Host, Opening, SessionStore, StoreFault};
 use strandline_actors::runtime::budget::ByteBudget;
 use strandline_actors::runtime::transport::{ConnectFault, Connection, Connector, accept};
-use strandline_actors::session_registry::{SessionRegistry, SessionSettings};
+use strandline_actors::session_registry::{ObserveSessions, SessionRegistry, SessionSettings};
 use strandline_actors::stream::{Origin, Stream};
 use strandline_actors::stream_pool::PoolSettings;
 use strandline_messages::mail::{DispatchBlock, Peer};
@@ -51,6 +51,9 @@ pub struct MemoryHost {
     random: AtomicU64,
 }
 
+/// Whoever asks for this chunk finds a bug of ours.
+pub const POISON: ChunkId = ChunkId([0xbb; 32]);
+
 struct MemoryStore {
     session: SessionId,
     kept: Arc<Mutex<Kept>>,
@@ -60,6 +63,7 @@ impl DurableWriter for MemoryStore {}
 
 impl SessionStore for MemoryStore {
     fn known(&self, ids: Vec<ChunkId>) -> BoxFuture<'static, Result<Vec<bool>, StoreFault>> {
+        assert!(!ids.contains(&POISON), "planted: the session actor panics");
         async move { Ok(vec![false; ids.len()]) }.boxed()
     }
 
@@ -146,10 +150,16 @@ impl Server {
             window_bytes: 64 << 20,
             credit_bytes: 16 << 20,
             max_streams,
+            agent_sessions_max: usize::MAX,
             data_addresses: Vec::new(),
         };
         let registry = SessionRegistry::new(Arc::clone(&host) as Arc<dyn Host>, settings).start();
         Self { host, registry, budget: Arc::new(Semaphore::new(8 << 20)) }
+    }
+
+    /// How many sessions are open.
+    pub async fn sessions(&self) -> usize {
+        self.registry.send(ObserveSessions).await.unwrap().len()
     }
 
     async fn serve(self, mut connection: Connection) {

@@ -23,6 +23,8 @@ macro_rules! messages {
             $($(#[$doc])* pub const $constant: u16 = $kind;)+
             /// A block on a data stream (`wire::frame::BlockFrame`); the only kind whose body is not a message.
             pub const BLOCK: u16 = 0x0042;
+            /// Every kind with its name.
+            pub const ALL: &[(u16, &str)] = &[$(($constant, stringify!($variant)),)+ (BLOCK, "Block")];
         }
 
         /// Every message of the protocol.

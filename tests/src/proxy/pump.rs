@@ -62,7 +62,9 @@ impl Pump {
                 None => {}
             }
             if let Some((_, fault)) = self.cut.filter(|(after, _)| self.written_bytes >= *after) {
-                self.link.break_with(fault);
+                if self.link.break_with(fault) {
+                    self.shared.cuts.fetch_add(1, Ordering::SeqCst);
+                }
                 continue;
             }
             if ended && self.queue.is_empty() {
@@ -72,7 +74,7 @@ impl Pump {
             let step = self.deliver().and_then(|()| if ended { Ok(false) } else { self.take() });
             match step {
                 Ok(is_end) => ended |= is_end,
-                Err(_) => self.link.break_with(Fault::Reset),
+                Err(_) => drop(self.link.break_with(Fault::Reset)),
             }
             if ended && let Some((due, _)) = self.queue.front() {
                 thread::sleep(due.saturating_duration_since(clock::now()).min(REACTION));

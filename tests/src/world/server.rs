@@ -41,6 +41,7 @@ impl ServerProcess {
             window_bytes: 64 << 20,
             credit_bytes: CREDIT_BYTES,
             max_streams: streams_max,
+            agent_sessions_max: usize::MAX,
             data_addresses: Vec::new(),
         };
         let ports: Arc<dyn Host> = Arc::new(SimHostRef(Arc::clone(&host)));
