@@ -20,7 +20,7 @@ use strandline_actors::runtime::clock;
 use strandline_messages::format::block::ChunkRow;
 use strandline_messages::format::manifest::{DetailsV1, Totals};
 use strandline_messages::format::repository::RepositoryV1;
-use strandline_messages::wire::{Ack, Commit, Committed, Message, SessionKind};
+use strandline_messages::wire::{Ack, Commit, Committed, Message, SessionKind, SnapshotFate};
 use strandline_messages::{ChunkKind, SnapshotId};
 use tokio::sync::Notify;
 
@@ -120,6 +120,8 @@ pub struct BackupReport {
     pub snapshot: Option<SnapshotId>,
     /// The snapshot that the file cache was made by.
     pub parent: Option<SnapshotId>,
+    /// The snapshot that the file cache was made by, if the server has no memory of it: it went back to an older state.
+    pub lost_parent: Option<SnapshotId>,
     /// Counts.
     pub totals: Totals,
     /// Wall time of the run.
@@ -210,6 +212,14 @@ pub async fn run_backup(
     run.complete().await
 }
 
+/// What the passes came to.
+struct Passed {
+    snapshot: Option<SnapshotId>,
+    parent: Option<SnapshotId>,
+    lost_parent: Option<SnapshotId>,
+    totals: Totals,
+}
+
 struct Run<'a> {
     client: &'a Client,
     repository: &'a RepositoryV1,
@@ -234,11 +244,12 @@ impl Run<'_> {
             }
             Err(error) => self.give_up(&error.to_string(), false).await,
         }
-        let (snapshot, parent, totals) = outcome?;
+        let Passed { snapshot, parent, lost_parent, totals } = outcome?;
         let reconnects = self.view.dispatch.reconnects.load(Ordering::Relaxed);
         Ok(BackupReport {
             snapshot,
             parent,
+            lost_parent,
             totals,
             elapsed: clock::now().saturating_duration_since(started),
             reconnects,
@@ -278,21 +289,38 @@ impl Run<'_> {
         }
     }
 
-    async fn passes(&self) -> Result<(Option<SnapshotId>, Option<SnapshotId>, Totals), JobError> {
+    /// The parent by the file cache; or, second, one that the server has no memory of. Such a server went back to an older
+    /// state: what the cache takes for stored may be gone.
+    async fn parents(&self, cache: &Path) -> Result<(Option<SnapshotId>, Option<SnapshotId>), JobError> {
+        let parent = if self.request.force { None } else { read_parent(cache) };
+        let Some(parent) = parent else { return Ok((None, None)) };
+        if self.client.find_snapshot(&self.repository.name, parent).await? != SnapshotFate::Unknown {
+            return Ok((Some(parent), None));
+        }
+        tracing::warn!(
+            snapshot = %parent.short(),
+            "the last snapshot of these paths is not on the server and was never deleted there: the server went back to an \
+             older state. Every file is read again; what is missing is sent again"
+        );
+        Ok((None, Some(parent)))
+    }
+
+    async fn passes(&self) -> Result<Passed, JobError> {
         let started_ns = clock::wall_ns();
         let data_key = DataKey::generate(self.keyset)?;
         let identity = self.cache_identity();
         let cache = self.request.cache_directory.join(identity.file_name());
-        let parent = if self.request.force { None } else { read_parent(&cache) };
-        let mut trust = if self.request.force { CacheTrust::Ignore } else { CacheTrust::Trust };
-        let old = if self.request.force { None } else { CacheReader::open(&cache, identity) };
+        let (parent, lost_parent) = self.parents(&cache).await?;
+        let is_cache_good = !self.request.force && lost_parent.is_none();
+        let mut trust = if is_cache_good { CacheTrust::Trust } else { CacheTrust::Ignore };
+        let old = if is_cache_good { CacheReader::open(&cache, identity) } else { None };
         let mut old = old.map(|old| old.ignoring(self.request.ignoring));
         let mut earlier = Totals::default();
         for _ in 0..PASSES_MAX {
             let outcome = self.pass(&data_key, (cache.clone(), identity), old, trust).await?;
             let totals = sum_of_new(&earlier, &outcome.totals);
             if self.request.dry_run {
-                return Ok((None, parent, totals));
+                return Ok(Passed { snapshot: None, parent, lost_parent, totals });
             }
             let fields = ManifestFields {
                 root: outcome.root,
@@ -310,7 +338,7 @@ impl Run<'_> {
                 if let Some(new_cache) = outcome.new_cache {
                     publish(new_cache, &cache, committed.snapshot);
                 }
-                return Ok((Some(committed.snapshot), parent, totals));
+                return Ok(Passed { snapshot: Some(committed.snapshot), parent, lost_parent, totals });
             }
             tracing::warn!("the server misses chunks that the file cache took for stored; reading those files again");
             earlier = totals;

@@ -23,8 +23,9 @@ use strandline_messages::mail::Peer;
 use strandline_messages::wire::codec;
 use strandline_messages::wire::manage::Deletion;
 use strandline_messages::wire::{
-    CreateRepository, DescribeRepository, Enrolled, KeepingRules, ListSnapshots, ListedSnapshot, Message, OpenSession,
-    RefusalCode, Refused, Renew, RepositoryDescribed, RepositoryStatus, SessionKind, SnapshotsListed, StatusReported,
+    CreateRepository, DescribeRepository, Enrolled, FindSnapshot, KeepingRules, ListSnapshots, ListedSnapshot, Message,
+    OpenSession, RefusalCode, Refused, Renew, RepositoryDescribed, RepositoryStatus, SessionKind, SnapshotFate,
+    SnapshotFound, SnapshotsListed, StatusReported,
 };
 use strandline_messages::{ChunkId, Durable, Sequence, SessionId, SnapshotId, limits};
 
@@ -109,6 +110,7 @@ impl Host for EngineHost {
                 Message::DescribeRepository(request) => describe(&engine, &peer, &request).await,
                 Message::CreateRepository(request) => create(&engine, &peer, request).await,
                 Message::ListSnapshots(request) => list(&engine, &peer, &request).await,
+                Message::FindSnapshot(request) => find(&engine, &peer, &request).await,
                 Message::Manage(request) => manage(&engine, &peer, &request, &nonce).await,
                 Message::GetStatus => status.answer(&engine, &peer).await,
                 Message::Renew(request) => match renewer {
@@ -203,6 +205,16 @@ async fn list(engine: &Engine, peer: &Peer, request: &ListSnapshots) -> Result<M
         snapshots.push(listed(row));
     }
     Ok(Message::SnapshotsListed(SnapshotsListed { snapshots }))
+}
+
+async fn find(engine: &Engine, peer: &Peer, request: &FindSnapshot) -> Result<Message, Refused> {
+    let repository = engine.repository(&peer.tenant, &request.repository).await.map_err(|error| refusal(&error))?;
+    let fate = repository.fate_of(&request.snapshot).await.map_err(|error| refusal(&error))?;
+    if fate == SnapshotFate::Unknown {
+        let (tenant, agent, snapshot) = (&peer.tenant, peer.agent.short(), request.snapshot.short());
+        tracing::warn!(%tenant, %agent, snapshot, "an agent looks for a snapshot that never was here: an older state of the server?");
+    }
+    Ok(Message::SnapshotFound(SnapshotFound { fate }))
 }
 
 fn listed(row: SnapshotRow) -> ListedSnapshot {

@@ -207,7 +207,8 @@ pub fn papers_of(agent: &Agent, address: SocketAddr) -> Result<Arc<ClientConfig>
 /// TLS that believes the authority of `agent`'s server and shows no certificate.
 pub fn no_papers(agent: &Agent, address: SocketAddr) -> Result<Arc<ClientConfig>> {
     let config = trusting(&identity_file(agent, address, "ca.crt")?)?.with_no_client_auth();
-    Ok(alike(config, &papers_of(agent, address)?))
+    let product = papers_of(agent, address)?;
+    Ok(alike(config, &product))
 }
 
 /// TLS that shows `certificate` for the key of `agent`.
@@ -219,7 +220,8 @@ pub fn other_papers(
     let key = PrivateKeyDer::from_pem_slice(&identity_file(agent, address, "client.key")?)
         .map_err(|error| anyhow::anyhow!("client.key: {error}"))?;
     let config = trusting(&identity_file(agent, address, "ca.crt")?)?.with_client_auth_cert(vec![certificate], key)?;
-    Ok(alike(config, &papers_of(agent, address)?))
+    let product = papers_of(agent, address)?;
+    Ok(alike(config, &product))
 }
 
 /// The same with other application protocols.

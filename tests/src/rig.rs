@@ -62,11 +62,16 @@ impl Rig {
 
     /// A running server behind a proxy that does no harm yet.
     pub fn proxied() -> Result<Self> {
+        Self::proxied_with(&[])
+    }
+
+    /// The same with `STRAND_SERVER_…` variables.
+    pub fn proxied_with(variables: &[(&'static str, &str)]) -> Result<Self> {
         let scratch = tempfile::tempdir()?;
         let data = scratch.path().join("server");
         // Nothing listens there; the address is replaced as soon as the server is up.
         let proxy = Proxy::start(SocketAddr::from((Ipv4Addr::LOCALHOST, 1)))?;
-        Self::build(scratch, data, Some(proxy), &[])
+        Self::build(scratch, data, Some(proxy), variables)
     }
 
     fn build(

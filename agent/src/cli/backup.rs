@@ -273,11 +273,36 @@ struct Summary {
     reconnects: u64,
 }
 
+/// Something that whoever watches over a fleet wants to know.
+#[derive(Serialize)]
+struct Event {
+    message_type: &'static str,
+    event: &'static str,
+    snapshot_id: String,
+    message: String,
+}
+
 #[derive(Serialize)]
 struct Issue {
     message_type: &'static str,
     path: String,
     message: String,
+}
+
+/// That the server does not remember the last snapshot. The backup is good nevertheless.
+fn events(global: &Global, report: &BackupReport) -> anyhow::Result<()> {
+    let Some(lost) = report.lost_parent else { return Ok(()) };
+    let message = format!(
+        "the server went back to an older state: snapshot {}, the last one of these paths, is not there and was never \
+         deleted. Everything was read again, and what was missing was sent again; older snapshots may be gone",
+        lost.short()
+    );
+    if global.json {
+        let (message_type, event) = ("event", "server_rolled_back");
+        return output::json_line(&Event { message_type, event, snapshot_id: lost.to_string(), message });
+    }
+    output::error(false, Fate::Done.code(), &message);
+    Ok(())
 }
 
 /// What could not be saved as it is, the first of it by name.
@@ -300,6 +325,7 @@ fn issues(global: &Global, report: &BackupReport) -> anyhow::Result<()> {
 
 fn summary(global: &Global, report: &BackupReport, dry_run: bool) -> anyhow::Result<()> {
     let totals = &report.totals;
+    events(global, report)?;
     issues(global, report)?;
     if global.json {
         return output::json_line(&Summary {

@@ -22,10 +22,10 @@ use strandline_messages::format::receipt::ReceiptV1;
 use strandline_messages::format::repository::RepositoryV1;
 use strandline_messages::wire::manage::{Deletion, Manage, Operation, Outcome, SnapshotTags};
 use strandline_messages::wire::{
-    AbortSession, CreateRepository, DescribeRepository, KeepingRules, ListSnapshots, Message, OpenSession, Renew,
-    SessionKind, SessionOpened, StatusReported,
+    AbortSession, CreateRepository, DescribeRepository, FindSnapshot, KeepingRules, ListSnapshots, Message,
+    OpenSession, Renew, SessionKind, SessionOpened, SnapshotFate, StatusReported,
 };
-use strandline_messages::{RepositoryName, SessionId, limits};
+use strandline_messages::{RepositoryName, SessionId, SnapshotId, limits};
 
 use crate::keys::{KeyError, Keyset};
 
@@ -182,6 +182,19 @@ impl Client {
                     deletion: listed.deletion,
                 });
             }
+        }
+    }
+
+    /// What became of a snapshot.
+    pub async fn find_snapshot(
+        &self,
+        repository: &RepositoryName,
+        snapshot: SnapshotId,
+    ) -> Result<SnapshotFate, ClientError> {
+        let request = FindSnapshot { repository: repository.clone(), snapshot };
+        match self.ask(Message::FindSnapshot(request)).await? {
+            Message::SnapshotFound(found) => Ok(found.fate),
+            other => Err(unexpected(&other, "SnapshotFound")),
         }
     }
 

@@ -4,9 +4,9 @@ use super::frame::{FLAG_CRITICAL, Frame};
 use super::manage::{Manage, Managed, Outcome};
 use super::types::{
     AbortSession, Ack, Attach, Attached, ChunksKnown, Commit, Committed, CreateRepository, Credit, Defer,
-    DescribeRepository, Enroll, Enrolled, FetchChunks, FetchDone, Hello, Join, ListSnapshots, MissingChunks,
-    OpenSession, Ping, Pong, QueryChunks, Refused, Renew, RepositoryDescribed, Retransmit, SessionOpened,
-    SnapshotsListed, StatusReported,
+    DescribeRepository, Enroll, Enrolled, FetchChunks, FetchDone, FindSnapshot, Hello, Join, ListSnapshots,
+    MissingChunks, OpenSession, Ping, Pong, QueryChunks, Refused, Renew, RepositoryDescribed, Retransmit,
+    SessionOpened, SnapshotFound, SnapshotsListed, StatusReported,
 };
 use super::{WireError, codec};
 use crate::ids::ChunkId;
@@ -106,6 +106,10 @@ messages! {
     0x0018 MANAGE Manage(Manage),
     /// Server: what that came to.
     0x0019 MANAGED Managed(Managed),
+    /// Agent: what became of a snapshot?
+    0x001a FIND_SNAPSHOT FindSnapshot(FindSnapshot),
+    /// Server: this.
+    0x001b SNAPSHOT_FOUND SnapshotFound(SnapshotFound),
     /// Agent: open a session.
     0x0020 OPEN_SESSION OpenSession(OpenSession),
     /// Server: it is registered.

@@ -110,6 +110,35 @@ pub struct SnapshotsListed {
     pub snapshots: Vec<ListedSnapshot>,
 }
 
+/// Asks what became of a snapshot.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FindSnapshot {
+    /// The repository.
+    pub repository: RepositoryName,
+    /// The snapshot.
+    pub snapshot: SnapshotId,
+}
+
+/// Answer to [`FindSnapshot`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SnapshotFound {
+    /// What became of it.
+    pub fate: SnapshotFate,
+}
+
+/// What became of a snapshot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum SnapshotFate {
+    /// There never was one, as far as the server remembers. An agent that was given its receipt knows better.
+    Unknown,
+    /// It is kept.
+    Kept,
+    /// It was deleted and can be brought back.
+    Deleted,
+    /// It was deleted and is gone for good.
+    Purged,
+}
+
 /// Answer to `GetStatus`: what a tenant's agent may know of the server.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StatusReported {

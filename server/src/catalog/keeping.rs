@@ -68,6 +68,17 @@ impl Catalog {
         rows.iter().map(|bytes| id("snapshot id", bytes, SnapshotId::from_slice)).collect()
     }
 
+    /// Whether a snapshot that can still be brought back was deleted; `None` if there is none.
+    pub(crate) async fn is_deleted(
+        &self,
+        repository: i64,
+        snapshot: &SnapshotId,
+    ) -> Result<Option<bool>, CatalogError> {
+        let query = sqlx::query_scalar("SELECT deleted_ns IS NOT NULL FROM snapshots WHERE repository = ? AND id = ?");
+        let query = query.bind(repository).bind(snapshot.as_bytes().as_slice());
+        query.fetch_optional(self.pool()).await.map_err(sql("look up a snapshot"))
+    }
+
     /// Whether a snapshot was purged.
     pub(crate) async fn is_purged(&self, repository: i64, snapshot: &SnapshotId) -> Result<bool, CatalogError> {
         let query = sqlx::query_scalar("SELECT 1 FROM purged WHERE repository = ? AND id = ?");

@@ -16,8 +16,8 @@ use strandline_actors::runtime::clock;
 use strandline_messages::format::cursor::Decoder;
 use strandline_messages::format::keys::{Capability, WriterCertificateV1, snapshot_tags_signed_part};
 use strandline_messages::format::repository::RepositoryV1;
-use strandline_messages::wire::codec;
 use strandline_messages::wire::manage::SnapshotTags;
+use strandline_messages::wire::{SnapshotFate, codec};
 use strandline_messages::{AgentId, DomainId, SessionId, SnapshotId, limits};
 
 use super::settings::{RepositorySettings, nanoseconds};
@@ -408,6 +408,17 @@ impl Repository {
     pub async fn domain_of(&self, snapshot: SnapshotId) -> Result<DomainId, EngineError> {
         let domain = self.state.common.catalog.snapshot_domain(self.state.number, &snapshot).await?;
         domain.ok_or(EngineError::NoSuchSnapshot { snapshot })
+    }
+
+    /// What became of a snapshot.
+    pub async fn fate_of(&self, snapshot: &SnapshotId) -> Result<SnapshotFate, EngineError> {
+        let (catalog, number) = (&self.state.common.catalog, self.state.number);
+        Ok(match catalog.is_deleted(number, snapshot).await? {
+            Some(false) => SnapshotFate::Kept,
+            Some(true) => SnapshotFate::Deleted,
+            None if catalog.is_purged(number, snapshot).await? => SnapshotFate::Purged,
+            None => SnapshotFate::Unknown,
+        })
     }
 
     /// Decides about each snapshot, writes the decisions down, and carries them out.

@@ -76,7 +76,8 @@ fn lane(seed: u64, wanted: u64, with_stalls: bool) -> Result<Lane> {
         let what = || format!("seed {seed}, round {round}, {plan:?}");
         let mut backup = writer.start_backup(&source, &["--streams", "2"])?;
         // Each stall costs the minute after which a connection without progress is given up.
-        let status = backup.wait(PATIENCE + 6 * SILENCE)?.with_context(|| format!("{}: {}", what(), backup.output()))?;
+        let status =
+            backup.wait(PATIENCE + 6 * SILENCE)?.with_context(|| format!("{}: {}", what(), backup.output()))?;
         rig.plan(Plan::default())?;
         ensure!(status.success(), "{}: {status}: {}\nserver:\n{}", what(), backup.output(), rig.log());
         backup.ensure_no_panic()?;

@@ -2,10 +2,14 @@
 
 mod attackers;
 mod cuts;
+mod fleet;
 mod limits;
+mod load;
 mod matrix;
 mod oracle;
 mod probes;
 mod replay;
+mod rollback;
 mod slow;
+mod versions;
 mod victim;

@@ -67,7 +67,7 @@ fn s41_no_message_of_any_kind_gets_anybody_what_is_not_theirs() -> Result<()> {
     for kinds in [first, last] {
         for attacker in &attackers {
             probes += assault(&rig, attacker, &kinds, [&victim.target, &made_up])?;
-            victim.ensure_unharmed().with_context(|| format!("after {:?}", attacker.fault))?;
+            victim.ensure_unharmed(&rig).with_context(|| format!("after {:?}", attacker.fault))?;
         }
     }
     ensure!(probes >= kinds::ALL.len() * 2 * 20, "only {probes} probes");
@@ -132,7 +132,11 @@ fn verdict(attacker: &Attacker, door: Door, kind: u16) -> Verdict {
         kinds::GET_STATUS if is_control => Alike,
         // In the tenant that asks: it may be there already, from an earlier attempt.
         kinds::CREATE_REPOSITORY if is_control => May,
-        kinds::DESCRIBE_REPOSITORY | kinds::LIST_SNAPSHOTS if is_control && attacker.is_of_the_tenant() => May,
+        kinds::DESCRIBE_REPOSITORY | kinds::LIST_SNAPSHOTS | kinds::FIND_SNAPSHOT
+            if is_control && attacker.is_of_the_tenant() =>
+        {
+            May
+        }
         kinds::OPEN_SESSION if door == Door::Control && attacker.fault == Fault::Colleague => May,
         kinds::MANAGE if is_control && attacker.fault == Fault::Colleague => May,
         // Names of repositories are known within a tenant.
@@ -141,7 +145,11 @@ fn verdict(attacker: &Attacker, door: Door, kind: u16) -> Verdict {
         kinds::QUERY_CHUNKS if has_session_of(SessionKind::Backup) => Alike,
         kinds::ABORT_SESSION if door == Door::Session => Alike,
         kinds::FETCH_CHUNKS if has_session_of(SessionKind::Restore) => {
-            if attacker.fault == Fault::ReadOnly { May } else { Alike }
+            if attacker.fault == Fault::ReadOnly {
+                May
+            } else {
+                Alike
+            }
         }
         kinds::DRAIN if door == Door::Stream => Alike,
         _ => Refused,

@@ -9,9 +9,10 @@ use strandline_messages::wire::manage::{Manage, Managed, Operation, Outcome};
 use strandline_messages::wire::message::kinds;
 use strandline_messages::wire::{
     AbortSession, Ack, Attach, Attached, ChunksKnown, Commit, Committed, CreateRepository, Credit, Defer,
-    DescribeRepository, Enroll, Enrolled, FetchChunks, FetchDone, Frame, KeepingRules, ListSnapshots, Message,
-    MissingChunks, OpenSession, Ping, Pong, Purpose, QueryChunks, RefusalCode, Refused, Renew, RepositoryDescribed,
-    Retransmit, SessionKind, SessionOpened, SnapshotsListed, StatusReported, Tag, join_ids,
+    DescribeRepository, Enroll, Enrolled, FetchChunks, FetchDone, FindSnapshot, Frame, KeepingRules, ListSnapshots,
+    Message, MissingChunks, OpenSession, Ping, Pong, Purpose, QueryChunks, RefusalCode, Refused, Renew,
+    RepositoryDescribed, Retransmit, SessionKind, SessionOpened, SnapshotFate, SnapshotFound, SnapshotsListed,
+    StatusReported, Tag, join_ids,
 };
 use strandline_messages::{AgentId, Incarnation};
 
@@ -58,12 +59,11 @@ fn message(kind: u16, target: &Target, means: &Means) -> Result<Option<Message>>
         kinds::LIST_SNAPSHOTS => {
             Message::ListSnapshots(ListSnapshots { repository, deleted: false, after_order: 0, limit: 10 })
         }
+        kinds::FIND_SNAPSHOT => Message::FindSnapshot(FindSnapshot { repository, snapshot }),
         kinds::GET_STATUS => Message::GetStatus,
         kinds::MANAGE => {
-            let deletion = Operation::DeleteSnapshots {
-                snapshots: snapshot.as_bytes().to_vec().into(),
-                reason: "because".into(),
-            };
+            let deletion =
+                Operation::DeleteSnapshots { snapshots: snapshot.as_bytes().to_vec().into(), reason: "because".into() };
             let operation = deletion.encode()?;
             let proof = means.keys.sign_manage_proof(&means.nonce, &operation)?.to_vec().into();
             Message::Manage(Manage { repository, writer, proof, operation: operation.into() })
@@ -108,6 +108,7 @@ fn from_the_server(kind: u16, target: &Target) -> Option<Message> {
         }),
         kinds::REPOSITORY_CREATED => Message::RepositoryCreated,
         kinds::SNAPSHOTS_LISTED => Message::SnapshotsListed(SnapshotsListed { snapshots: Vec::new() }),
+        kinds::SNAPSHOT_FOUND => Message::SnapshotFound(SnapshotFound { fate: SnapshotFate::Kept }),
         kinds::STATUS_REPORTED => Message::StatusReported(StatusReported {
             software: String::new(),
             tenant: "acme".parse().ok()?,

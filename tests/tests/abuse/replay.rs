@@ -63,7 +63,8 @@ fn s46_a_recorded_session_that_is_played_again_opens_joins_and_stores_nothing() 
     let attach = Attach { session: opened.session, token: opened.token, incarnation: Incarnation(1) };
     let join = join_message(opened.session, opened.token);
     // Until the server has forgotten the session it may say that it has ended.
-    for (purpose, tag, message) in [(Purpose::Control, Tag(2), Message::Attach(attach)), (Purpose::Data, Tag(0), join)] {
+    for (purpose, tag, message) in [(Purpose::Control, Tag(2), Message::Attach(attach)), (Purpose::Data, Tag(0), join)]
+    {
         let mut late = Raw::greeted(rig.address(), &papers, purpose)?;
         let heard = late.ask(tag, &message)?;
         let refused = matches!(&heard, Heard::Message(_, Message::Refused(refusal))
@@ -72,7 +73,7 @@ fn s46_a_recorded_session_that_is_played_again_opens_joins_and_stores_nothing() 
     }
     ensure!(rig.log().matches("session opened").count() == sessions, "a session was opened by what was recorded");
     rig.server()?.wait_for_line("connection refused", PATIENCE)?;
-    victim.ensure_unharmed()?;
+    victim.ensure_unharmed(&rig)?;
     rig.ensure_no_panic()
 }
 
@@ -98,7 +99,8 @@ fn s46_one_token_that_many_machines_spend_at_once_enrols_one_of_them_in_its_tena
     }
     ensure!(enrolled == 1, "{enrolled} machines");
     let agents: serde_json::Value = serde_json::from_str(&rig.administer(&["agent", "list", "--json"])?)?;
-    let tenants: Vec<_> = agents.as_array().context("no list")?.iter().filter_map(|agent| agent.get("tenant")).collect();
+    let tenants: Vec<_> =
+        agents.as_array().context("no list")?.iter().filter_map(|agent| agent.get("tenant")).collect();
     ensure!(tenants == ["theirs"], "{tenants:?}");
     rig.ensure_no_panic()
 }
@@ -110,8 +112,7 @@ fn client_hello_of_tls_1_2() -> Vec<u8> {
     // No session; two suites of TLS 1.2 (ECDHE with AES-GCM); no compression.
     body.extend([0, 0, 4, 0xc0, 0x2b, 0xc0, 0x2f, 1, 0]);
     // Groups, point formats, signature algorithms; no supported_versions.
-    let extensions =
-        [&[0, 10, 0, 4, 0, 2, 0, 23][..], &[0, 11, 0, 2, 1, 0], &[0, 13, 0, 6, 0, 4, 4, 3, 8, 4]].concat();
+    let extensions = [&[0, 10, 0, 4, 0, 2, 0, 23][..], &[0, 11, 0, 2, 1, 0], &[0, 13, 0, 6, 0, 4, 4, 3, 8, 4]].concat();
     body.extend([0, extensions.len() as u8]);
     body.extend(extensions);
     let mut record = vec![22, 3, 1, 0, body.len() as u8 + 4, 1, 0, 0, body.len() as u8];

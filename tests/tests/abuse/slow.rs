@@ -146,7 +146,8 @@ fn s22_mute_connections_displace_one_another_and_not_an_honest_backup() -> Resul
             while !stopped() {
                 for socket in &mut mute {
                     socket.set_nonblocking(true)?;
-                    let is_open = socket.read(&mut [0; 1]).is_err_and(|error| error.kind() == std::io::ErrorKind::WouldBlock);
+                    let is_open =
+                        socket.read(&mut [0; 1]).is_err_and(|error| error.kind() == std::io::ErrorKind::WouldBlock);
                     if !is_open {
                         *socket = TcpStream::connect(address)?;
                     }
@@ -184,7 +185,10 @@ fn s22_mute_connections_displace_one_another_and_not_an_honest_backup() -> Resul
         times[times.len() / 2]
     };
     let (quiet, besieged) = (seconds(&quiet), seconds(&besieged));
-    eprintln!("{count} mute connections: median backup {quiet:.2} s without, {besieged:.2} s with; {} KiB more", memory >> 10);
+    eprintln!(
+        "{count} mute connections: median backup {quiet:.2} s without, {besieged:.2} s with; {} KiB more",
+        memory >> 10
+    );
     ensure!(agent.snapshots()?.len() == 10);
     ensure!(memory < (most as u64) * (64 << 10) + (64 << 20), "{memory} bytes more");
     let log = rig.log();

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail, ensure};
+use rustls::ClientConfig;
 use strandline_agent::chunk::default_chunking;
 use strandline_agent::keys::{Keyset, SlotSecret, seal_slot};
 use strandline_agent::seal::{Body, DataKey, ManifestFields, Sealer, sign_manifest};
@@ -11,7 +12,7 @@ use strandline_messages::format::chunk::Reference;
 use strandline_messages::format::manifest::{DetailsV1, Totals};
 use strandline_messages::format::repository::RepositoryV1;
 use strandline_messages::wire::{
-    Join, JoinReason, Message, Purpose, QueryChunks, SessionKind, SessionOpened, Tag, join_ids, unpack_bitmap,
+    Attach, Join, JoinReason, Message, Purpose, QueryChunks, SessionKind, SessionOpened, Tag, join_ids, unpack_bitmap,
 };
 use strandline_messages::{
     ChunkId, ChunkKind, Incarnation, RepositoryId, RepositoryName, SessionId, SessionToken, SnapshotId, StreamIndex,
@@ -82,8 +83,8 @@ pub struct Victim {
     pub keys: Arc<Keyset>,
     /// What attacks aim at.
     pub target: Target,
-    control: Raw,
-    next_tag: u32,
+    papers: Arc<ClientConfig>,
+    incarnation: Incarnation,
 }
 
 impl Victim {
@@ -116,19 +117,29 @@ impl Victim {
             file,
         };
         stream.close();
-        Ok(Self { agent, keys, target, control, next_tag: 100 })
+        control.close();
+        Ok(Self { agent, keys, target, papers, incarnation: opened.incarnation })
     }
 
-    /// Its session is there, and what it stored is known to it.
-    pub fn ensure_unharmed(&mut self) -> Result<()> {
-        self.next_tag += 1;
+    /// Its session is there, and lets it in again, and what it stored is known to it.
+    pub fn ensure_unharmed(&mut self, rig: &Rig) -> Result<()> {
+        let mut control = Raw::greeted(rig.address(), &self.papers, Purpose::Control)?;
+        let (session, token) = (self.target.session, self.target.token);
+        let attach = Attach { session, token, incarnation: self.incarnation };
+        match control.ask(Tag(1), &Message::Attach(attach))? {
+            Heard::Message(_, Message::Attached(attached)) if attached.watermark == 1 => {
+                self.incarnation = attached.incarnation;
+            }
+            other => bail!("the victim's session does not let it in: {other:?}"),
+        }
         let ids = join_ids(&self.target.chunks);
-        match self.control.ask(Tag(self.next_tag), &Message::QueryChunks(QueryChunks { ids }))? {
+        match control.ask(Tag(2), &Message::QueryChunks(QueryChunks { ids }))? {
             Heard::Message(_, Message::ChunksKnown(known)) => {
                 ensure!(unpack_bitmap(&known.bitmap, 2) == Some(vec![true, true]), "the victim's chunks: {known:?}");
             }
             other => bail!("the victim's session does not answer: {other:?}"),
         }
+        control.close();
         ensure!(self.agent.snapshots()? == [self.target.snapshot.to_string()], "the victim's snapshots have changed");
         Ok(())
     }
@@ -151,12 +162,7 @@ fn newest_snapshot(control: &mut Raw, repository: &RepositoryName) -> Result<(Sn
 }
 
 /// Opens a session that must be granted.
-pub fn open(
-    control: &mut Raw,
-    kind: SessionKind,
-    repository: &RepositoryName,
-    keys: &Keyset,
-) -> Result<SessionOpened> {
+pub fn open(control: &mut Raw, kind: SessionKind, repository: &RepositoryName, keys: &Keyset) -> Result<SessionOpened> {
     match control.open(kind, repository, keys)? {
         Message::SessionOpened(opened) => Ok(opened),
         other => bail!("no session: {other:?}"),
@@ -174,7 +180,13 @@ pub fn join(stream: &mut Raw, opened: &SessionOpened) -> Result<()> {
 
 /// A `Join` with the first stream of a session.
 pub fn join_message(session: SessionId, token: SessionToken) -> Message {
-    Message::Join(Join { session, token, index: StreamIndex(0), incarnation: Incarnation(2), reason: JoinReason::First })
+    Message::Join(Join {
+        session,
+        token,
+        index: StreamIndex(0),
+        incarnation: Incarnation(2),
+        reason: JoinReason::First,
+    })
 }
 
 /// Sends block 0 and waits until it is durable.
