@@ -6,6 +6,7 @@ mod fleet;
 mod limits;
 mod load;
 mod matrix;
+mod operations;
 mod oracle;
 mod probes;
 mod replay;

@@ -3,6 +3,9 @@
 //! Each probe is sent twice: aimed at what the victim has, and at what nobody has. Neither may be answered with more than
 //! a refusal, and nobody may tell the two apart.
 
+use std::thread;
+use std::time::Duration;
+
 use anyhow::{Context, Result, bail, ensure};
 use strandline_actors::runtime::clock;
 use strandline_messages::wire::message::kinds;
@@ -47,7 +50,7 @@ enum Outcome {
 enum Verdict {
     /// Closed or refused, for both targets alike.
     Refused,
-    /// Closed or refused; a repository that is there may be refused otherwise than one that is not.
+    /// Closed or refused; what is there may be refused otherwise than what is not: it is known to the attacker's tenant.
     RefusedByName,
     /// Any answer, for both targets alike: it tells only of what is the attacker's own.
     Alike,
@@ -82,7 +85,20 @@ fn s41_no_message_of_any_kind_gets_anybody_what_is_not_theirs() -> Result<()> {
 /// that were.
 fn assault(rig: &Rig, attacker: &Attacker, kinds: &[(u16, &str)], targets: [&Target; 2]) -> Result<usize> {
     let before = refusals_logged(rig, attacker);
-    let (mut probes, mut refused) = (0, 0);
+    // Several at once: most of the time both sides wait for one another.
+    let refused = thread::scope(|scope| -> Result<usize> {
+        let some = kinds.chunks(kinds.len().div_ceil(4));
+        let running: Vec<_> =
+            some.map(|kinds| scope.spawn(|| assault_by_some(rig, attacker, kinds, targets))).collect();
+        running.into_iter().map(|running| running.join().ok().context("a thread panicked")?).sum()
+    })?;
+    wait_for_refusals(rig, attacker, before + refused)?;
+    Ok(kinds.len() * doors(attacker).len() * targets.len())
+}
+
+/// Gives how many must have been refused.
+fn assault_by_some(rig: &Rig, attacker: &Attacker, kinds: &[(u16, &str)], targets: [&Target; 2]) -> Result<usize> {
+    let mut refused = 0;
     for door in doors(attacker) {
         for (kind, name) in kinds {
             let what = || format!("{:?} ({:?}), {door:?}, {name}", attacker.fault, attacker.asks_for);
@@ -91,19 +107,17 @@ fn assault(rig: &Rig, attacker: &Attacker, kinds: &[(u16, &str)], targets: [&Tar
                 outcome.with_context(|| format!("there is no probe for {name} yet: write one"))
             };
             let [real, fake] = [attempt(targets[0])?, attempt(targets[1])?];
-            probes += 2;
             let verdict = verdict(attacker, door, *kind);
             if matches!(verdict, Verdict::Refused | Verdict::RefusedByName) {
                 let is_refusal = matches!(real, Outcome::Closed | Outcome::Refused(..));
                 ensure!(is_refusal, "{}: {real:?}", what());
-                refused += 2;
+                refused += targets.len();
             }
             let must_be_alike = matches!(verdict, Verdict::Refused | Verdict::Alike);
             ensure!(!must_be_alike || real == fake, "{}: {real:?}, but {fake:?}", what());
         }
     }
-    wait_for_refusals(rig, attacker, before + refused)?;
-    Ok(probes)
+    Ok(refused)
 }
 
 fn doors(attacker: &Attacker) -> Vec<Door> {
@@ -141,6 +155,10 @@ fn verdict(attacker: &Attacker, door: Door, kind: u16) -> Verdict {
         kinds::MANAGE if is_control && attacker.fault == Fault::Colleague => May,
         // Names of repositories are known within a tenant.
         kinds::OPEN_SESSION | kinds::MANAGE if is_control && attacker.is_of_the_tenant() => RefusedByName,
+        // Into its own domain, which nobody else's snapshots rely on.
+        kinds::BLOCK if door == Door::Stream && attacker.fault == Fault::WriteOnly => May,
+        // In a session of the repository it may be told of which repository a manifest is.
+        kinds::COMMIT if door == Door::Session && attacker.fault == Fault::WriteOnly => RefusedByName,
         // Answered, but nothing is known; own sessions may be ended.
         kinds::QUERY_CHUNKS if has_session_of(SessionKind::Backup) => Alike,
         kinds::ABORT_SESSION if door == Door::Session => Alike,
@@ -267,6 +285,6 @@ fn wait_for_refusals(rig: &Rig, attacker: &Attacker, wanted: usize) -> Result<()
         }
         let fault = attacker.fault;
         ensure!(clock::now() < end, "{fault:?}: {found} of {wanted} refusals are logged:\n{}", rig.log());
-        std::thread::sleep(std::time::Duration::from_millis(50));
+        thread::sleep(Duration::from_millis(50));
     }
 }

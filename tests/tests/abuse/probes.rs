@@ -62,9 +62,9 @@ fn message(kind: u16, target: &Target, means: &Means) -> Result<Option<Message>>
         kinds::FIND_SNAPSHOT => Message::FindSnapshot(FindSnapshot { repository, snapshot }),
         kinds::GET_STATUS => Message::GetStatus,
         kinds::MANAGE => {
-            let deletion =
-                Operation::DeleteSnapshots { snapshots: snapshot.as_bytes().to_vec().into(), reason: "because".into() };
-            let operation = deletion.encode()?;
+            // Needs the full capability, and does no harm where it is there. All operations: see `operations`.
+            let snapshots = snapshot.as_bytes().to_vec().into();
+            let operation = Operation::ProtectSnapshots { snapshots, protected: true }.encode()?;
             let proof = means.keys.sign_manage_proof(&means.nonce, &operation)?.to_vec().into();
             Message::Manage(Manage { repository, writer, proof, operation: operation.into() })
         }

@@ -46,18 +46,18 @@ pub struct Target {
 impl Target {
     /// The same shape of things, of which nothing exists.
     pub fn made_up() -> Result<Self> {
-        let keys = Keyset::create(RepositoryId([0xee; 16]))?;
+        let keys = Keyset::create(RepositoryId([0xe1; 16]))?;
         let (block, chunk) = block(&keys)?;
         let repository: RepositoryName = "nain".parse()?;
         let file = keys.public_file(repository.clone(), default_chunking(), 0);
-        let slot = seal_slot(&keys, &SlotSecret::KeyFile([0xee; 32]), "label", 0)?;
+        let slot = seal_slot(&keys, &SlotSecret::KeyFile([0xe6; 32]), "label", 0)?;
         Ok(Self {
             repository,
             slots: vec![slot.encode()],
-            session: SessionId([0xee; 16]),
-            token: SessionToken([0xee; 32]),
-            snapshot: SnapshotId([0xee; 32]),
-            chunks: vec![chunk, ChunkId([0xee; 32])],
+            session: SessionId([0xe2; 16]),
+            token: SessionToken([0xe3; 32]),
+            snapshot: SnapshotId([0xe4; 32]),
+            chunks: vec![chunk, ChunkId([0xe5; 32])],
             manifest: manifest(&keys, chunk)?,
             block,
             file,
