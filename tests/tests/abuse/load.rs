@@ -7,7 +7,7 @@ use anyhow::{Context, Result, ensure};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use strandline_actors::runtime::clock;
 use strandline_messages::StreamIndex;
-use strandline_messages::wire::{AbortSession, Join, Message, Purpose, SessionKind, Tag};
+use strandline_messages::wire::{AbortSession, Join, Message, Ping, Purpose, SessionKind, Tag};
 use strandline_tests::process::{descriptors, resident_bytes};
 use strandline_tests::raw::{Heard, Raw, keys_of, papers_of, repository_on_disk};
 use strandline_tests::rig::{PATIENCE, Rig, TENANT, is_long};
@@ -15,6 +15,8 @@ use strandline_tests::rig::{PATIENCE, Rig, TENANT, is_long};
 use crate::victim::{block, block_frame, join_message, open};
 
 const STREAMS: u16 = 4;
+/// As often as agents do.
+const PING_EVERY: Duration = Duration::from_secs(15);
 
 /// How many sessions: few in an ordinary run, or what `STRAND_LOAD` says.
 fn amount() -> Result<usize> {
@@ -22,6 +24,16 @@ fn amount() -> Result<usize> {
         Ok(text) => text.parse().context("STRAND_LOAD is not a number"),
         Err(_) => Ok(if is_long() { 1_000 } else { 50 }),
     }
+}
+
+/// A connection that says nothing for a minute is taken for lost. The answers are read with whatever comes next.
+fn ping(sessions: &mut [(Raw, Vec<Raw>)]) -> Result<()> {
+    for (control, streams) in sessions {
+        for raw in std::iter::once(control).chain(streams) {
+            raw.say(Tag(0), &Message::Ping(Ping { stamp: 0 }))?;
+        }
+    }
+    Ok(())
 }
 
 #[test]
@@ -69,9 +81,19 @@ fn s01_many_sessions_of_four_streams_are_open_at_once_and_each_stores_over_every
             }
             Ok((control, streams))
         };
-        let working: Vec<_> = (0..workers)
-            .map(|n| scope.spawn(move || (n..count).step_by(workers).map(|_| session()).collect::<Result<Vec<_>>>()))
-            .collect();
+        let work = |first: usize| -> Result<Vec<(Raw, Vec<Raw>)>> {
+            let (mut sessions, mut pinged) = (Vec::new(), clock::now());
+            for _ in (first..count).step_by(workers) {
+                sessions.push(session()?);
+                if pinged.elapsed() >= PING_EVERY {
+                    ping(&mut sessions)?;
+                    pinged = clock::now();
+                }
+            }
+            ping(&mut sessions)?;
+            Ok(sessions)
+        };
+        let working: Vec<_> = (0..workers).map(|first| scope.spawn(move || work(first))).collect();
         let mut sessions = Vec::new();
         for worker in working {
             sessions.extend(worker.join().ok().context("a worker panicked")??);
@@ -80,7 +102,9 @@ fn s01_many_sessions_of_four_streams_are_open_at_once_and_each_stores_over_every
     })?;
     let took = began.elapsed();
     ensure!(sessions.len() == count);
-    let status: serde_json::Value = serde_json::from_str(&rig.administer(&["status", "--json"])?)?;
+    // A long line comes in pieces.
+    let status = rig.administer(&["status", "--json"])?.replace('\n', "");
+    let status: serde_json::Value = serde_json::from_str(&status)?;
     let open_now = status.get("sessions").and_then(serde_json::Value::as_array).map_or(0, Vec::len);
     let more = resident_bytes(server)?.saturating_sub(memory);
     eprintln!(
