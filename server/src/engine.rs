@@ -37,10 +37,12 @@ use std::time::Duration;
 use parking_lot::RwLock;
 use strandline_messages::format::repository::RepositoryV1;
 use strandline_messages::{RepositoryName, TenantName, limits};
+use tempfile::TempDir;
 use tokio::sync::Mutex;
 
 use crate::catalog::Catalog;
 use crate::catalog::repositories::RepositoryRow;
+use crate::failpoint;
 use crate::index::cache::PageCache;
 use crate::index::engine::FLUSH_ENTRIES;
 use crate::storage::StorageError;
@@ -98,6 +100,46 @@ pub(crate) struct Common {
     pub writer: PackWriterOptions,
     pub sizes: Sizes,
     pub lock: DirectoryLock,
+    /// Removed, if it is a temporary one, when nobody uses the catalog any more.
+    _home: CatalogHome,
+}
+
+/// Where the catalog is.
+#[derive(Debug)]
+enum CatalogHome {
+    /// In the data directory.
+    Data,
+    /// Nothing can be written there: a new one is made from the storage in a directory that ends with the engine. The storage is
+    /// the truth, so whatever is decided meanwhile, if there is room for it, is known to the next start.
+    Temporary(TempDir),
+}
+
+impl CatalogHome {
+    fn choose(paths: &DataPaths) -> Result<Self, StorageError> {
+        if files::has_room(paths.root())? {
+            return Ok(Self::Data);
+        }
+        for place in [std::env::temp_dir(), PathBuf::from("/dev/shm"), PathBuf::from("/run")] {
+            if let (Ok(true), Ok(directory)) = (files::has_room(&place), TempDir::with_prefix_in("strandline-", &place))
+            {
+                tracing::warn!(
+                    data = %paths.root().display(), catalog = %directory.path().display(),
+                    "nothing can be written to the data directory: its snapshots can be listed and restored, with a catalog that \
+                     is made from the storage for now; make room and start again"
+                );
+                return Ok(Self::Temporary(directory));
+            }
+        }
+        // It may do; if not, the error says why.
+        Ok(Self::Data)
+    }
+
+    fn path(&self, paths: &DataPaths) -> PathBuf {
+        match self {
+            Self::Data => paths.catalog(),
+            Self::Temporary(directory) => DataPaths::new(directory.path()).catalog(),
+        }
+    }
 }
 
 type Known = HashMap<(TenantName, RepositoryName), Entry>;
@@ -156,7 +198,7 @@ impl Engine {
         ops: Arc<dyn FileOps>,
     ) -> Result<Self, EngineError> {
         let paths = DataPaths::new(dir);
-        let (lock, key) = {
+        let (lock, key, home) = {
             let paths = paths.clone();
             blocking(move || {
                 files::create_directory(paths.root())?;
@@ -166,15 +208,16 @@ impl Engine {
                 };
                 files::remove_temporaries(paths.root())?;
                 files::create_directory(&paths.storage())?;
-                Ok((lock, ServerKey::load_or_make(&paths.server_key())?))
+                let home = CatalogHome::choose(&paths)?;
+                Ok((lock, ServerKey::load_or_make(&paths.server_key())?, home))
             })
             .await?
         };
-        let catalog = Catalog::open(&paths.catalog()).await?;
+        let catalog = Catalog::open(&home.path(&paths)).await?;
         let Sizes { group_bytes_max, pack_bytes_max, .. } = sizes;
         let writer = PackWriterOptions { group_bytes_max, pack_bytes_max };
         let cache = Arc::new(PageCache::new(INDEX_CACHE_BYTES));
-        let common = Arc::new(Common { paths, catalog, key, ops, cache, writer, sizes, lock });
+        let common = Arc::new(Common { paths, catalog, key, ops, cache, writer, sizes, lock, _home: home });
         let mut known = Known::new();
         for (row, file) in find_repositories(&common).await? {
             let key = (row.tenant.clone(), file.name.clone());
@@ -397,5 +440,6 @@ fn make_repository(
     }
     files::write_atomically(&making.file(), &file.encode())?;
     fs::rename(&unfinished, home.root()).map_err(StorageError::io("name", home.root()))?;
+    failpoint::reached("repository/renamed");
     Ok(files::sync_directory(parent)?)
 }

@@ -11,6 +11,7 @@ pub mod cli;
 pub mod config;
 pub mod core;
 pub mod engine;
+mod failpoint;
 pub mod host;
 pub mod index;
 pub mod inspect;

@@ -17,7 +17,7 @@ use strandline_messages::wire::SessionKind;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_rustls::TlsAcceptor;
 
-use crate::admin::{AdminSocket, Administrator, RepositoryStatus, ServerState, SessionStatus};
+use crate::admin::{AdminError, AdminSocket, Administrator, RepositoryStatus, ServerState, SessionStatus};
 use crate::admission::Admission;
 use crate::config::{Config, Limits};
 use crate::core::{CoreSettings, ServerCore};
@@ -26,6 +26,7 @@ use crate::host::Renewer;
 use crate::listener::{Door, Listener, StopListening};
 use crate::maintenance::{LookAgain, Maintenance, StopMaintenance};
 use crate::pki::Authority;
+use crate::storage::files::is_no_room;
 use crate::tenancy::Tenancy;
 use crate::tls::{ServerCertificate, server_config};
 
@@ -192,13 +193,24 @@ pub async fn serve(options: ServeOptions) -> anyhow::Result<()> {
     // A port that the system chose is the one to put into tokens.
     let told = Config { listen: addresses.clone(), ..config.clone() };
     let administrator = Administrator::new(data.clone(), told, tenancy, Arc::clone(&authority), state);
-    let socket = AdminSocket::bind(&data)?;
+    let socket = match AdminSocket::bind(&data) {
+        Err(AdminError::Io { path, source }) if is_no_room(&source) => {
+            tracing::warn!(data = %path.display(), error = %source, "no administration while this server runs");
+            None
+        }
+        other => Some(other?),
+    };
     tracing::info!(data = %data.display(), listening = ?addresses, "server started");
 
     let mut grace = std::pin::pin!(tokio::time::sleep(config.session_grace));
     let mut swept = false;
     let mut names = config.names.clone();
-    let mut administration = std::pin::pin!(socket.serve(&administrator));
+    let mut administration = std::pin::pin!(async {
+        match &socket {
+            Some(socket) => socket.serve(&administrator).await,
+            None => std::future::pending().await,
+        }
+    });
     loop {
         tokio::select! {
             never = &mut administration => match never {},

@@ -5,6 +5,7 @@ pub mod clock;
 pub mod compare;
 pub mod corpus;
 pub mod gc_model;
+pub mod mounts;
 pub mod mutate;
 pub mod process;
 pub mod proxy;

@@ -13,10 +13,11 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use serde_json::Value;
+use strandline_actors::runtime::clock;
 use tempfile::TempDir;
 
 use crate::process::{self, Finished, Process};
-use crate::proxy::{Plan, Proxy};
+use crate::proxy::{Direction, Plan, Proxy};
 use crate::random::Random;
 
 /// Longest that any single command of a test may take.
@@ -40,6 +41,8 @@ pub struct Rig {
     /// What servers that have ended said.
     past: String,
     variables: Vec<(&'static str, String)>,
+    /// The server's program.
+    program: &'static str,
 }
 
 impl Rig {
@@ -74,11 +77,29 @@ impl Rig {
         Self::build(scratch, data, Some(proxy), variables)
     }
 
+    /// The same with its data in `data` and another program as the server, and only initialised: nothing runs yet.
+    pub fn proxied_in_directory(data: &Path, program: &'static str) -> Result<Self> {
+        let proxy = Proxy::start(SocketAddr::from((Ipv4Addr::LOCALHOST, 1)))?;
+        Self::initialise(tempfile::tempdir()?, data.to_owned(), Some(proxy), &[], program)
+    }
+
     fn build(
         scratch: TempDir,
         data: PathBuf,
         proxy: Option<Proxy>,
         variables: &[(&'static str, &str)],
+    ) -> Result<Self> {
+        let mut rig = Self::initialise(scratch, data, proxy, variables, "strand-server")?;
+        rig.start_server()?;
+        Ok(rig)
+    }
+
+    fn initialise(
+        scratch: TempDir,
+        data: PathBuf,
+        proxy: Option<Proxy>,
+        variables: &[(&'static str, &str)],
+        program: &'static str,
     ) -> Result<Self> {
         let (address, listen) = if let Some(proxy) = &proxy {
             (proxy.address(), SocketAddr::from((Ipv4Addr::LOCALHOST, 0)))
@@ -87,11 +108,10 @@ impl Rig {
             (address, address)
         };
         let variables = variables.iter().map(|(name, value)| (*name, (*value).to_owned())).collect();
-        let mut rig = Self { scratch, data, address, proxy, server: None, past: String::new(), variables };
+        let rig = Self { scratch, data, address, proxy, server: None, past: String::new(), variables, program };
         let (listen, advertise) = (listen.to_string(), address.to_string());
         rig.administer(&["init", "--name", "127.0.0.1", "--listen", &listen, "--advertise", &advertise])?;
         rig.administer(&["tenant", "add", TENANT])?;
-        rig.start_server()?;
         Ok(rig)
     }
 
@@ -133,7 +153,7 @@ impl Rig {
 
     /// `strand-server --data … ARGUMENTS`, not started.
     pub fn server_command(&self, arguments: &[&str]) -> Result<Command> {
-        let mut command = process::strand_server(self.scratch.path())?;
+        let mut command = process::command(self.program, self.scratch.path())?;
         command.arg("--data").arg(&self.data).args(arguments);
         command.envs(self.variables.iter().map(|(name, value)| (name, value)));
         Ok(command)
@@ -146,7 +166,12 @@ impl Rig {
 
     /// Starts the server and waits until it listens.
     pub fn start_server(&mut self) -> Result<()> {
-        let server = Process::spawn(&mut self.server_command(&["serve"])?)?;
+        self.start_server_as(|command| command)
+    }
+
+    /// The same by a command that `wrap` makes of the server's.
+    pub fn start_server_as(&mut self, wrap: impl FnOnce(Command) -> Command) -> Result<()> {
+        let server = Process::spawn(&mut wrap(self.server_command(&["serve"])?))?;
         let listening = server.wait_until_listening(Duration::from_mins(1))?;
         if let Some(proxy) = &self.proxy {
             proxy.set_upstream(listening);
@@ -174,6 +199,32 @@ impl Rig {
         let code = status.context("the server does not stop in time")?.code();
         anyhow::ensure!(code == Some(0), "the server stopped with {code:?}:\n{}", server.output());
         Ok(())
+    }
+
+    /// Waits until so many more bytes have passed the proxy to the server, or `backup`, which sends them, has ended.
+    pub fn wait_until_sent(&self, backup: &mut Process, bytes: u64) -> Result<()> {
+        let proxy = self.proxy()?;
+        let until = proxy.carried_bytes(Direction::ToServer) + bytes;
+        let end = clock::now() + PATIENCE;
+        while proxy.carried_bytes(Direction::ToServer) < until && backup.is_running() {
+            let said = || format!("a backup is stuck:\n{}\nthe servers:\n{}", backup.output(), self.log());
+            anyhow::ensure!(clock::now() < end, said());
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        Ok(())
+    }
+
+    /// Gives servers started, and administration commands run, from now on this variable, or takes it from them.
+    pub fn set_variable(&mut self, name: &'static str, value: Option<&str>) {
+        self.variables.retain(|(known, _)| *known != name);
+        self.variables.extend(value.map(|value| (name, value.to_owned())));
+    }
+
+    /// Restores `snapshot` with `reader`, fails unless it is what `expected` is, and removes what was restored.
+    pub fn ensure_restores(&self, reader: &Agent, snapshot: &str, source: &Path, expected: &Path) -> Result<()> {
+        let target = self.scratch().join(format!("restored-{}", snapshot.get(..12).unwrap_or(snapshot)));
+        reader.restore_and_compare(snapshot, source, expected, &target)?;
+        Ok(fs::remove_dir_all(target)?)
     }
 
     /// Everything that every server of this rig has said.
@@ -349,6 +400,14 @@ impl Summary {
         Ok(Self { value, stderr })
     }
 
+    /// Of a backup that must end well.
+    pub fn at_end_of(mut backup: Process) -> Result<Self> {
+        let status = backup.wait(PATIENCE)?.with_context(|| format!("no end of:\n{}", backup.output()))?;
+        anyhow::ensure!(status.success(), "{status}:\n{}", backup.output());
+        backup.ensure_no_panic()?;
+        Self::of(&backup.stdout_text(), backup.output())
+    }
+
     /// A count by its name.
     pub fn count(&self, name: &str) -> Result<u64> {
         self.value.get(name).and_then(Value::as_u64).with_context(|| format!("no `{name}` in {}", self.value))
@@ -431,6 +490,11 @@ pub fn unprivileged(command: Command) -> Result<Option<Command>> {
         };
     }
     Ok(Some(lowered))
+}
+
+/// A number that a variable gives, such as how long a campaign is.
+pub fn number(variable: &str, default: u64) -> u64 {
+    std::env::var(variable).ok().and_then(|value| value.parse().ok()).unwrap_or(default)
 }
 
 /// Whether the long campaigns are wanted (`STRAND_LONG=1`, set by `tests/run --long`).

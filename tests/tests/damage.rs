@@ -3,47 +3,18 @@
 use std::fs;
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
+use strandline_tests::mounts::SmallDisk;
 use strandline_tests::process::{self, Process};
 use strandline_tests::random::Random;
-use strandline_tests::rig::{Agent, PATIENCE, Rig, is_long, not_run, random_files, unprivileged};
-
-/// A file system in memory with a limit; unmounted when dropped.
-struct SmallDisk(PathBuf);
-
-impl SmallDisk {
-    /// `None`, with a line that says so, where mounting is not possible.
-    fn mount(at: &Path, mib: u32) -> Result<Option<Self>> {
-        fs::create_dir_all(at)?;
-        let status =
-            Command::new("mount").args(["-t", "tmpfs", "-o", &format!("size={mib}m"), "small"]).arg(at).output();
-        if status.as_ref().is_ok_and(|output| output.status.success()) {
-            return Ok(Some(Self(at.to_owned())));
-        }
-        not_run(&format!("a small file system cannot be mounted here ({status:?})"));
-        Ok(None)
-    }
-
-    fn resize(&self, mib: u32) -> Result<()> {
-        let status = Command::new("mount").args(["-o", &format!("remount,size={mib}m")]).arg(&self.0).status()?;
-        ensure!(status.success(), "remounting ended with {status}");
-        Ok(())
-    }
-}
-
-impl Drop for SmallDisk {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg("-l").arg(&self.0).status();
-    }
-}
+use strandline_tests::rig::{Agent, PATIENCE, Rig, is_long, random_files, unprivileged};
 
 #[test]
 fn s28_a_full_disk_of_the_server_refuses_with_the_reason_and_works_again_with_room() -> Result<()> {
     let mount = tempfile::tempdir()?;
     let Some(disk) = SmallDisk::mount(&mount.path().join("disk"), 56)? else { return Ok(()) };
-    let rig = Rig::in_directory(&disk.0.join("server"))?;
+    let rig = Rig::in_directory(&disk.path().join("server"))?;
     let writer = rig.owner("writer")?;
     let (small, big) = (rig.scratch().join("small"), rig.scratch().join("big"));
     random_files(&small, 1, 8, 256 << 10)?;
@@ -65,7 +36,7 @@ fn s28_a_full_disk_of_the_server_refuses_with_the_reason_and_works_again_with_ro
 fn s28_a_full_disk_of_a_directory_repository_refuses_with_the_reason_and_works_again_with_room() -> Result<()> {
     let scratch = tempfile::tempdir()?;
     let Some(disk) = SmallDisk::mount(&scratch.path().join("disk"), 40)? else { return Ok(()) };
-    let writer = Agent::local(&scratch.path().join("home"), &disk.0.join("repository"))?;
+    let writer = Agent::local(&scratch.path().join("home"), &disk.path().join("repository"))?;
     let (small, big) = (scratch.path().join("small"), scratch.path().join("big"));
     random_files(&small, 1, 8, 256 << 10)?;
     random_files(&big, 2, 80, 512 << 10)?;

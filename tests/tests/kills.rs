@@ -1,30 +1,17 @@
 //! Processes that are killed at any moment, and processes that exist twice.
 
 use std::fs;
-use std::path::Path;
 use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use strandline_actors::runtime::clock;
 use strandline_tests::process::Process;
 use strandline_tests::proxy::Direction;
 use strandline_tests::random::Random;
-use strandline_tests::rig::{Agent, PATIENCE, Rig, Summary, is_long, random_files, settle};
+use strandline_tests::rig::{PATIENCE, Rig, Summary, is_long, number, random_files, settle};
 
 const MIB: u64 = 1 << 20;
-
-fn finish(mut backup: Process) -> Result<Summary> {
-    let status = backup.wait(PATIENCE)?.with_context(|| format!("no end of:\n{}", backup.output()))?;
-    ensure!(status.success(), "{status}:\n{}", backup.output());
-    backup.ensure_no_panic()?;
-    Summary::of(&backup.stdout_text(), backup.output())
-}
-
-fn ensure_restores(rig: &Rig, reader: &Agent, snapshot: &str, source: &Path) -> Result<()> {
-    let target = rig.scratch().join(format!("restored-{}", snapshot.get(..12).unwrap_or(snapshot)));
-    reader.restore_and_compare(snapshot, source, source, &target)?;
-    Ok(fs::remove_dir_all(target)?)
-}
 
 #[test]
 fn s23_an_agent_killed_at_any_moment_sends_nothing_acknowledged_again_and_harms_no_earlier_snapshot() -> Result<()> {
@@ -48,39 +35,85 @@ fn s23_an_agent_killed_at_any_moment_sends_nothing_acknowledged_again_and_harms_
         // At most the window was not acknowledged; a mebibyte is allowed for what TLS and frames add.
         let again = summary.count("bytes_stored")?;
         ensure!(again <= total - sent + 6 * MIB + MIB, "{sent} of {total} were sent, then {again} again");
-        ensure_restores(&rig, &writer, &summary.snapshot()?, &source)?;
-        ensure_restores(&rig, &writer, &kept, &earlier)?;
+        rig.ensure_restores(&writer, &summary.snapshot()?, &source, &source)?;
+        rig.ensure_restores(&writer, &kept, &earlier, &earlier)?;
     }
     rig.ensure_no_panic()
 }
 
+/// A server that is killed in the middle of a backup, and killed again and again while it recovers from that, at any moment.
+struct Kills {
+    random: Random,
+    total: u64,
+    /// Of those, how many hit a server that was starting.
+    nested: u64,
+    /// How long the last start took that nobody disturbed.
+    start: Duration,
+}
+
+impl Kills {
+    fn kill(&mut self, rig: &mut Rig) -> Result<()> {
+        rig.kill_server();
+        self.total += 1;
+        for _ in 0..self.random.below(4) {
+            let mut recovering = Process::spawn(&mut rig.server_command(&["serve"])?)?;
+            let moment = self.random.below(u64::try_from(self.start.as_micros())?);
+            thread::sleep(Duration::from_micros(moment));
+            recovering.kill();
+            recovering.ensure_no_panic()?;
+            self.total += 1;
+            self.nested += 1;
+        }
+        let began = clock::now();
+        rig.start_server()?;
+        self.start = began.elapsed();
+        Ok(())
+    }
+}
+
 #[test]
-fn s24_s25_a_server_killed_again_and_again_comes_back_and_the_running_backup_ends_well() -> Result<()> {
+fn s24_s25_a_server_killed_at_any_moment_and_while_it_recovers_comes_back_and_the_backup_ends_well() -> Result<()> {
     let mut rig = Rig::proxied()?;
     let writer = rig.owner("writer")?;
     let reader = rig.second("reader", &writer)?;
-    let mut random = Random::new(24);
-    for round in 0..if is_long() { 40 } else { 3 } {
+    let seed = number("STRAND_SEED", 24);
+    let mut kills = Kills { random: Random::new(seed), total: 0, nested: 0, start: Duration::from_millis(100) };
+    let (wanted, mut kept) = (number("STRAND_KILLS", if is_long() { 2_000 } else { 30 }), Vec::new());
+    for round in 0.. {
         let source = rig.scratch().join(format!("source-{round}"));
-        random_files(&source, 1000 + round, 80, 256 << 10)?;
-        let backup = writer.start_backup(&source, &["--limit-upload", "8M", "--streams", "4", "--window", "6M"])?;
-        for _ in 0..2 {
-            let now = rig.proxy()?.carried_bytes(Direction::ToServer);
-            rig.proxy()?.wait_for_bytes(Direction::ToServer, now + random.below(6 * MIB), PATIENCE)?;
-            rig.kill_server();
-            // Killed while it recovers, too.
-            for _ in 0..random.below(3) {
-                let mut recovering = Process::spawn(&mut rig.server_command(&["serve"])?)?;
-                thread::sleep(Duration::from_millis(random.below(120)));
-                recovering.kill();
-                recovering.ensure_no_panic()?;
-            }
-            rig.start_server()?;
+        random_files(&source, kills.random.number(), 24, 128 << 10)?;
+        let mut backup = writer.start_backup(&source, &["--limit-upload", "6M", "--streams", "3", "--window", "6M"])?;
+        while backup.is_running() && kills.total < wanted {
+            let bytes = kills.random.below(MIB);
+            rig.wait_until_sent(&mut backup, bytes)?;
+            kills.kill(&mut rig)?;
         }
-        let summary = finish(backup).with_context(|| format!("round {round}; the server:\n{}", rig.log()))?;
-        ensure_restores(&rig, &reader, &summary.snapshot()?, &source)?;
-        ensure!(reader.snapshots()?.len() as u64 == round + 1, "exactly one snapshot for each run");
+        let told = || format!("seed {seed}, round {round}, kill {}", kills.total);
+        let summary = Summary::at_end_of(backup).with_context(told)?;
+        kept.push((summary.snapshot()?, source));
+        let found = reader.snapshots()?;
+        ensure!(found.iter().eq(kept.iter().map(|(id, _)| id)), "{}: {found:?} instead of {kept:?}", told());
+        // One of those that have been there for a while.
+        if let Some((snapshot, source)) = kept.get(Random::new(kills.total).index(kept.len())) {
+            rig.ensure_restores(&reader, snapshot, source, source).with_context(told)?;
+        }
+        if kept.len() > 6 {
+            let (snapshot, source) = kept.remove(0);
+            writer.run(&["forget", &snapshot])?.expect_code(0)?;
+            fs::remove_dir_all(source)?;
+        }
+        if kills.total >= wanted {
+            break;
+        }
     }
+    for (snapshot, source) in &kept {
+        rig.ensure_restores(&reader, snapshot, source, source)?;
+    }
+    reader.run(&["check", "--read-data"])?.expect_code(0)?;
+    println!(
+        "seed {seed}: {} kills, {} of them of a server that was starting; nothing lost",
+        kills.total, kills.nested
+    );
     rig.ensure_no_panic()
 }
 
@@ -98,10 +131,11 @@ fn s06_a_server_killed_while_it_commits_makes_exactly_one_snapshot() -> Result<(
         rig.proxy()?.wait_for_bytes(Direction::ToServer, start + 100_000 + random.below(8_000), PATIENCE)?;
         rig.kill_server();
         rig.start_server()?;
-        let summary = finish(backup).with_context(|| format!("round {round}; the server:\n{}", rig.log()))?;
+        let summary =
+            Summary::at_end_of(backup).with_context(|| format!("round {round}; the server:\n{}", rig.log()))?;
         let ids = writer.snapshots()?;
         ensure!(ids.len() as u64 == round + 1 && ids.last() == Some(&summary.snapshot()?), "round {round}: {ids:?}");
-        ensure_restores(&rig, &writer, &summary.snapshot()?, &source)?;
+        rig.ensure_restores(&writer, &summary.snapshot()?, &source, &source)?;
     }
     rig.ensure_no_panic()
 }
@@ -117,9 +151,9 @@ fn s24_a_server_told_to_stop_does_so_within_ten_seconds_and_the_backup_ends_well
     rig.proxy()?.wait_for_bytes(Direction::ToServer, start + 8 * MIB, PATIENCE)?;
     rig.stop_server(Duration::from_secs(10))?;
     rig.start_server()?;
-    let summary = finish(backup)?;
+    let summary = Summary::at_end_of(backup)?;
     ensure!(writer.snapshots()? == [summary.snapshot()?]);
-    ensure_restores(&rig, &writer, &summary.snapshot()?, &source)?;
+    rig.ensure_restores(&writer, &summary.snapshot()?, &source, &source)?;
     let log = rig.log();
     ensure!(!log.contains("ERROR") && !log.contains("panicked"), "{log}");
     Ok(())
@@ -142,9 +176,9 @@ fn s32_two_machines_with_one_identity_at_the_same_time_do_not_mix() -> Result<()
         // The same paths of both in the second half: then their caches have one name, too.
         let second = if round < 2 { &theirs } else { &ours };
         let (one, two) = (original.start_backup(&ours, &slowly)?, clone.start_backup(second, &slowly)?);
-        let (one, two) = (finish(one)?.snapshot()?, finish(two)?.snapshot()?);
-        ensure_restores(&rig, &clone, &one, &ours)?;
-        ensure_restores(&rig, &original, &two, second)?;
+        let (one, two) = (Summary::at_end_of(one)?.snapshot()?, Summary::at_end_of(two)?.snapshot()?);
+        rig.ensure_restores(&clone, &one, &ours, &ours)?;
+        rig.ensure_restores(&original, &two, second, second)?;
         expected.extend([one, two]);
     }
     let mut found = original.snapshots()?;

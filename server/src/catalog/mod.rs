@@ -17,12 +17,17 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use rustix::fs::{FallocateFlags, fallocate};
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous};
 use sqlx::{Sqlite, SqlitePool, Transaction};
 use tokio::sync::{Mutex, OwnedMutexGuard};
 
+use crate::failpoint;
+
 /// Connections of the pool: one writer at a time in any case, the others read.
 const CONNECTIONS_MAX: u32 = 4;
+/// Room that is kept for the write-ahead log: as much as it takes before SQLite writes it back, bytes.
+const RESERVED_LOG_BYTES: u64 = 4 << 20;
 /// How long a transaction waits for another to end.
 const BUSY_WAIT: Duration = Duration::from_mins(1);
 
@@ -75,7 +80,10 @@ pub(crate) struct Write {
 
 impl Write {
     pub async fn commit(self) -> Result<(), sqlx::Error> {
-        self.transaction.commit().await
+        failpoint::reached("catalog/committing");
+        self.transaction.commit().await?;
+        failpoint::reached("catalog/committed");
+        Ok(())
     }
 }
 
@@ -105,7 +113,10 @@ impl Catalog {
             .busy_timeout(BUSY_WAIT);
         let pool = SqlitePoolOptions::new().max_connections(CONNECTIONS_MAX).connect_with(options).await;
         let pool = pool.map_err(sql("open the database"))?;
+        failpoint::reached("catalog/opened");
         sqlx::migrate!("./migrations").run(&pool).await?;
+        failpoint::reached("catalog/migrated");
+        reserve_log(path);
         Ok(Self { pool, turn: Arc::default() })
     }
 
@@ -124,9 +135,20 @@ impl Catalog {
     /// Moves the write-ahead log into the database file and closes all connections.
     pub async fn close(&self) -> Result<(), CatalogError> {
         let done = sqlx::query("PRAGMA wal_checkpoint(TRUNCATE)").execute(&self.pool).await;
+        failpoint::reached("catalog/checkpointed");
         self.pool.close().await;
         done.map(|_| ()).map_err(sql("write the log back"))
     }
+}
+
+/// Gives the write-ahead log of the catalog at `path` room beyond its end, so that sessions can still be opened, for listing and
+/// restoring, when others fill the disk later. The log, and the room with it, is gone when the catalog is closed.
+fn reserve_log(path: &Path) {
+    let mut log = path.as_os_str().to_owned();
+    log.push("-wal");
+    let file = std::fs::File::options().write(true).open(log);
+    // Without it a full disk may refuse to open sessions until the next start.
+    let _ = file.map(|file| fallocate(&file, FallocateFlags::KEEP_SIZE, 0, RESERVED_LOG_BYTES));
 }
 
 /// A stored number as what it was before it was stored.

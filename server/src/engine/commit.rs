@@ -22,6 +22,7 @@ use super::state::State;
 use super::{EngineError, Lease, blocking, on_own_thread};
 use crate::catalog::snapshots::{self, CommitState};
 use crate::engine::repository::CommitOutcome;
+use crate::failpoint;
 use crate::storage::{StorageError, files};
 
 /// How often a check is repeated because maintenance got in between.
@@ -142,6 +143,7 @@ async fn publish(
         Some(receipt) if !snapshots::place_taken(&mut transaction, number, receipt.order).await? => Some(receipt),
         _ => None,
     };
+    let (is_new, is_kept) = (lease.is_some(), kept.is_some());
     let agent = lease.map_or(AgentId([0; 16]), |(lease, _)| lease.agent);
     let receipt =
         kept.unwrap_or_else(|| state.common.key.receipt(state.file.id, snapshot, order, clock::wall_ns(), agent));
@@ -149,8 +151,18 @@ async fn publish(
     {
         let (state, bytes, encoded) = (Arc::clone(state), bytes.clone(), encoded.clone());
         on_own_thread(move || {
-            files::write_atomically(&state.paths.manifest(&snapshot), &bytes)?;
-            Ok(files::write_atomically(&state.paths.receipt(&snapshot), &encoded)?)
+            // What a start found need not be written again: where nothing can be written its row is made all the same.
+            if is_new {
+                files::write_atomically(&state.paths.manifest(&snapshot), &bytes)?;
+                failpoint::reached("snapshot/manifest-written");
+            }
+            if is_kept {
+                files::sync_directory(&state.paths.snapshots())?;
+            } else {
+                files::write_atomically(&state.paths.receipt(&snapshot), &encoded)?;
+                failpoint::reached("snapshot/receipt-written");
+            }
+            Ok(())
         })
         .await?;
     }
@@ -187,8 +199,16 @@ pub(crate) async fn restore_rows(state: &Arc<State>, decided: &Decided) -> Resul
         };
         match checked {
             Ok((manifest, bytes)) => {
-                publish(state, &manifest, &bytes, snapshot, Committer::Start).await?;
-                tracing::info!(%snapshot, "a snapshot found in the storage was added to the catalog");
+                match publish(state, &manifest, &bytes, snapshot, Committer::Start).await {
+                    // Nobody was told that it was committed: that is what the receipt would say.
+                    Err(EngineError::Storage(StorageError::Io { source, .. })) if files::is_no_room(&source) => {
+                        tracing::warn!(%snapshot, error = %source, "a manifest without a receipt waits for room to write one");
+                    }
+                    other => {
+                        other?;
+                        tracing::info!(%snapshot, "a snapshot found in the storage was added to the catalog");
+                    }
+                }
             }
             Err(reason) => {
                 tracing::warn!(%snapshot, reason, "a manifest without a row is not a complete snapshot; it was left as it is");

@@ -24,6 +24,7 @@ use super::settings::{RepositorySettings, nanoseconds};
 use super::state::State;
 use super::{EngineError, Lease, Repository, on_own_thread};
 use crate::catalog::keeping::{self, DeletionRow, KeptRow};
+use crate::failpoint;
 use crate::storage::journal::{Journal, Replay};
 use crate::storage::{StorageError, files};
 
@@ -243,7 +244,10 @@ fn remove_files(state: &State, snapshots: &[SnapshotId]) -> Result<(), EngineErr
     for snapshot in snapshots {
         for path in [state.paths.manifest(snapshot), state.paths.receipt(snapshot)] {
             match std::fs::remove_file(&path) {
-                Ok(()) => removed = true,
+                Ok(()) => {
+                    removed = true;
+                    failpoint::reached("snapshot/removed");
+                }
                 Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
                 Err(error) => return Err(StorageError::io("remove", &path)(error).into()),
             }

@@ -5,6 +5,7 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs::{self, File};
+use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
@@ -17,6 +18,7 @@ use strandline_messages::{ChunkId, ChunkKind, DomainId, RepositoryId};
 
 use super::state::{PackRange, TreeBlock};
 use super::{Common, EngineError};
+use crate::failpoint;
 use crate::index::engine::SegmentIndex;
 use crate::index::{ChunkIndex, Copy, IndexError};
 use crate::storage::layout::{RepositoryPaths, pack_number};
@@ -38,12 +40,14 @@ pub(crate) struct Recovered {
     pub trees: Vec<(DomainId, TreeBlock)>,
 }
 
-/// Recovers every pack of a repository and catches its index up. `rows` is what the catalog remembers of the packs.
+/// Recovers every pack of a repository and catches its index up. `rows` is what the catalog remembers of the packs; `used` is
+/// the highest number of a pack that it remembers anything of.
 pub(crate) fn recover(
     common: &Common,
     paths: &RepositoryPaths,
     repository: RepositoryId,
     rows: &HashMap<u32, PackInfo>,
+    used: u32,
 ) -> Result<Recovered, EngineError> {
     for directory in [paths.packs(), paths.snapshots(), paths.keys(), paths.index()] {
         files::create_directory(&directory)?;
@@ -86,10 +90,12 @@ pub(crate) fn recover(
         }
         other => other?,
     };
+    // A pack that is gone may be remembered still, and a new one of its number would be taken for it.
+    let next_pack = next_pack.max(used.max(index.highest_pack()).saturating_add(1));
     Ok(Recovered { packs: packs.into_values().collect(), index, next_pack, recorded, unsealed, trees })
 }
 
-/// The numbers of the packs, ascending, and the next one to use; a number is never used twice.
+/// The numbers of the packs, ascending, and the first one after those that stand in file names.
 fn list_packs(paths: &RepositoryPaths) -> Result<(Vec<u32>, u32), EngineError> {
     let directory = paths.packs();
     let mut numbers = Vec::new();
@@ -126,7 +132,8 @@ fn open_pack(
     {
         return Ok(Some(Opened::Known(*row)));
     }
-    let file = File::options().read(true).write(true).open(&path).map_err(StorageError::io("open", &path))?;
+    let file = files::open_or_read(File::options().read(true).write(true), &path);
+    let file = file.map_err(StorageError::io("open", &path))?;
     let domain = match pack_file::read_header(&file, &path) {
         Ok(header) if header.repository == repository && header.number == number => header.domain,
         Err(error @ StorageError::Io { .. }) => return Err(error.into()),
@@ -150,7 +157,11 @@ fn open_pack(
 fn set_aside(paths: &RepositoryPaths, number: u32) -> Result<(), EngineError> {
     let (from, to) = (paths.pack(number), paths.damaged_pack(number));
     tracing::warn!(path = %to.display(), "a pack without a readable header was set aside");
-    fs::rename(&from, &to).map_err(StorageError::io("rename", &from))?;
+    match fs::rename(&from, &to) {
+        Err(error) if error.kind() == io::ErrorKind::ReadOnlyFilesystem => return Ok(()),
+        other => other.map_err(StorageError::io("rename", &from))?,
+    }
+    failpoint::reached("pack/set-aside");
     Ok(files::sync_directory(&paths.packs())?)
 }
 
@@ -236,7 +247,7 @@ fn insert_block(
 }
 
 /// Reads header and chunk table of a block, not its body.
-fn read_ids(file: &File, block: &FooterEntry) -> std::io::Result<Result<Vec<ChunkId>, FormatError>> {
+fn read_ids(file: &File, block: &FooterEntry) -> io::Result<Result<Vec<ChunkId>, FormatError>> {
     let mut fixed = [0; FIXED_HEADER_BYTES];
     file.read_exact_at(&mut fixed, block.offset.into())?;
     let header = match BlockHeaderV1::decode(&fixed) {

@@ -106,11 +106,12 @@ impl Repository {
         let rows = common.catalog.packs(row.number).await?;
         common.catalog.revive_all(row.number).await?;
         let states = common.catalog.block_states(row.number).await?;
+        let used = rows.keys().copied().chain(states.keys().map(|&(pack, _)| pack)).max().unwrap_or(0);
         let (recovered, keeping, decided) = {
             let (common, paths, id) = (Arc::clone(&common), paths.clone(), file.id);
             let rows = rows.clone();
             blocking(move || {
-                let recovered = packs::recover(&common, &paths, id, &rows)?;
+                let recovered = packs::recover(&common, &paths, id, &rows, used)?;
                 let (keeping, decided) = Keeping::open(&paths.keeping_journal())?;
                 Ok((recovered, keeping, decided))
             })

@@ -12,6 +12,7 @@ use strandline_messages::format::repository::RepositoryV1;
 use strandline_messages::{RepositoryId, limits};
 
 use super::{EngineError, Repository, blocking};
+use crate::failpoint;
 use crate::storage::{StorageError, files};
 
 /// Encoded slots with the names of their files.
@@ -106,6 +107,7 @@ fn remove(directory: &Path, repository: RepositoryId, id: &[u8; 16]) -> Result<(
     }
     let path = directory.join(&name);
     std::fs::remove_file(&path).map_err(StorageError::io("remove", &path))?;
+    failpoint::reached("slot/removed");
     Ok(files::sync_directory(directory)?)
 }
 

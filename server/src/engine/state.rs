@@ -16,6 +16,7 @@ use super::keeping::Keeping;
 use super::known::{BlockState, BlockStates};
 use super::{Common, EngineError, Lease, on_own_thread};
 use crate::catalog::repositories::{BlockPlace, RepositoryRow};
+use crate::failpoint;
 use crate::index::{ChunkIndex, Copy};
 use crate::storage::StorageError;
 use crate::storage::files;
@@ -318,6 +319,7 @@ impl State {
             state.reader.forget(number);
             let path = state.paths.pack(number);
             std::fs::remove_file(&path).map_err(StorageError::io("remove", &path))?;
+            failpoint::reached("pack/removed");
             files::sync_directory(&state.paths.packs())?;
             Ok(pack_state::remove(&state.paths.pack_state(number))?)
         })

@@ -25,6 +25,7 @@ use super::memory::MemoryTable;
 use super::merge::{Merge, merge_due};
 use super::segment::{self, Segment};
 use super::{COPIES_MAX, ChunkIndex, Copy, Found, IndexError};
+use crate::failpoint;
 
 /// Most full tables that wait to be written: two of them and the active one are about 40 MiB per repository at the default size.
 pub const FROZEN_MAX: usize = 2;
@@ -110,7 +111,13 @@ impl SegmentIndex {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
             other => other.map_err(IndexError::io("reset", directory))?,
         }
+        failpoint::reached("index/reset");
         Self::open(directory, cache, flush_entries)
+    }
+
+    /// The highest number of a pack of which the index knows anything, be it that it is gone; 0 if there is none.
+    pub fn highest_pack(&self) -> u32 {
+        self.shared.book.lock().covered.last_key_value().map_or(0, |(&pack, _)| pack)
     }
 
     /// How many segments there are.
@@ -466,6 +473,7 @@ impl Shared {
         for segment in run {
             // What cannot be removed now is a stranger at the next start.
             let _ = fs::remove_file(segment.path());
+            failpoint::reached("segment/removed");
         }
         Ok(true)
     }
@@ -475,6 +483,7 @@ impl Shared {
             return Err(IndexError::damaged(&self.directory, "damage was found earlier"));
         }
         next.store(&self.directory)?;
+        failpoint::reached("index/published");
         *book = next;
         Ok(())
     }
@@ -508,7 +517,11 @@ fn remove_strangers(directory: &Path, book: &IndexManifest) -> Result<(), IndexE
     for entry in fs::read_dir(directory).map_err(IndexError::io("list", directory))? {
         let path = entry.map_err(IndexError::io("list", directory))?.path();
         if path != manifest::path(directory) && !named.contains(&path) && path.is_file() {
-            fs::remove_file(&path).map_err(IndexError::io("clean", &path))?;
+            match fs::remove_file(&path) {
+                Err(error) if error.kind() == std::io::ErrorKind::ReadOnlyFilesystem => continue,
+                other => other.map_err(IndexError::io("clean", &path))?,
+            }
+            failpoint::reached("index/cleaned");
         }
     }
     Ok(())

@@ -25,6 +25,7 @@ use super::IndexError;
 use super::cache::PageCache;
 use super::entry::{ENTRY_BYTES, Entry};
 use super::filter::Filter;
+use crate::failpoint;
 use crate::storage::files::TEMPORARY_PREFIX;
 
 /// Bytes of a page.
@@ -280,8 +281,10 @@ pub fn write(
     let trailer = encode_trailer(count, filter.encoded_bytes() as u64, digest.as_bytes());
     out.write_all(&trailer).map_err(failed())?;
     let file = out.into_inner().map_err(|error| IndexError::io("write", &path)(error.into_error()))?;
-    file.as_file().sync_all().map_err(failed())?;
+    failpoint::reached("segment/written");
+    failpoint::sync("segment/sync", || file.as_file().sync_all()).map_err(failed())?;
     file.persist(&path).map_err(|error| IndexError::io("write", &path)(error.error))?;
+    failpoint::reached("segment/renamed");
     Ok(())
 }
 

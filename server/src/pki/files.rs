@@ -5,7 +5,10 @@ use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::Path;
 
-use tempfile::Builder;
+use tempfile::{Builder, NamedTempFile};
+
+use crate::failpoint;
+use crate::storage::files::open_or_read;
 
 /// Makes `directory` (mode 700) and its missing parents, and fsyncs the directories that gained an entry.
 pub fn create_directory(directory: &Path) -> io::Result<()> {
@@ -18,6 +21,7 @@ pub fn create_directory(directory: &Path) -> io::Result<()> {
         Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
         _ => {}
     }
+    failpoint::reached("private-directory/created");
     sync_directory(parent)
 }
 
@@ -26,9 +30,9 @@ pub fn write_private(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let directory = parent_of(path);
     // tempfile makes its files with mode 600.
     let mut file = Builder::new().prefix(".new-").tempfile_in(directory)?;
-    file.write_all(bytes)?;
-    file.as_file().sync_all()?;
+    write_and_sync(&mut file, bytes)?;
     file.persist(path).map_err(|error| error.error)?;
+    failpoint::reached("private-file/renamed");
     sync_directory(directory)
 }
 
@@ -36,25 +40,33 @@ pub fn write_private(path: &Path, bytes: &[u8]) -> io::Result<()> {
 pub fn create_private(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let directory = parent_of(path);
     let mut file = Builder::new().prefix(".new-").tempfile_in(directory)?;
-    file.write_all(bytes)?;
-    file.as_file().sync_all()?;
+    write_and_sync(&mut file, bytes)?;
     file.persist_noclobber(path).map_err(|error| error.error)?;
+    failpoint::reached("private-file/renamed");
     sync_directory(directory)
 }
 
-/// Opens `path` for appending, mode 600, made and fsynced into its directory if missing.
+fn write_and_sync(file: &mut NamedTempFile, bytes: &[u8]) -> io::Result<()> {
+    file.write_all(bytes)?;
+    failpoint::reached("private-file/written");
+    failpoint::sync("private-file/sync", || file.as_file().sync_all())
+}
+
+/// Opens `path` for appending, mode 600, made and fsynced into its directory if missing. On a medium that cannot be written it is
+/// opened if it is there, and appending fails.
 pub fn open_append(path: &Path) -> io::Result<File> {
     let missing = !path.exists();
-    let file = OpenOptions::new().read(true).append(true).create(true).mode(0o600).open(path)?;
+    let file = open_or_read(OpenOptions::new().read(true).append(true).create(true).mode(0o600), path)?;
     if missing {
-        file.sync_all()?;
+        failpoint::reached("journal/created");
+        failpoint::sync("journal/sync", || file.sync_all())?;
         sync_directory(parent_of(path))?;
     }
     Ok(file)
 }
 
 fn sync_directory(directory: &Path) -> io::Result<()> {
-    File::open(directory)?.sync_all()
+    failpoint::sync("private-directory/sync", || File::open(directory)?.sync_all())
 }
 
 fn parent_of(path: &Path) -> &Path {

@@ -11,6 +11,7 @@ use anyhow::Context;
 use strandline_messages::TenantName;
 use strandline_messages::format::repository::RepositoryV1;
 
+use crate::failpoint;
 use crate::storage::files;
 use crate::storage::layout::{DataPaths, RepositoryPaths};
 
@@ -65,6 +66,9 @@ fn remove_index(paths: &RepositoryPaths) -> anyhow::Result<()> {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
             Err(error).with_context(|| format!("cannot remove the index {}", index.display()))
         }
-        _ => Ok(()),
+        _ => {
+            failpoint::reached("index/removed");
+            Ok(())
+        }
     }
 }

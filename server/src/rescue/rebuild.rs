@@ -12,6 +12,7 @@ use strandline_actors::runtime::clock;
 
 use super::{find, remove_index};
 use crate::engine::{Engine, EngineOptions};
+use crate::failpoint;
 use crate::storage::files;
 use crate::storage::layout::DataPaths;
 use crate::storage::lock::DirectoryLock;
@@ -122,7 +123,10 @@ fn move_aside(paths: &DataPaths) -> anyhow::Result<Vec<PathBuf>> {
     for suffix in ["-wal", "-shm", ""] {
         let (from, to) = (named(suffix, ""), named(suffix, &stamp));
         match fs::rename(&from, &to) {
-            Ok(()) => kept.push(to),
+            Ok(()) => {
+                kept.push(to);
+                failpoint::reached("catalog/set-aside");
+            }
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
             Err(error) => {
                 let (from, to) = (from.display(), to.display());

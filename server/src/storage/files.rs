@@ -1,7 +1,7 @@
 //! The file operations on which durability rests, behind a trait so that a test can fail or record each of them, and the one
 //! helper that writes small files.
 
-use std::fs::{self, File};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, IoSlice, Write};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
@@ -9,6 +9,7 @@ use std::path::Path;
 use rustix::io::ReadWriteFlags;
 
 use super::StorageError;
+use crate::failpoint;
 
 /// Free space that blocks never take, bytes: the catalog, the index and footers need it so that a full disk can still be
 /// read from, listed and cleaned up.
@@ -47,20 +48,24 @@ pub struct SystemFiles;
 
 impl FileOps for SystemFiles {
     fn create(&self, path: &Path) -> io::Result<File> {
-        File::options().read(true).write(true).create_new(true).mode(0o600).open(path)
+        let file = File::options().read(true).write(true).create_new(true).mode(0o600).open(path)?;
+        failpoint::reached("pack/created");
+        Ok(file)
     }
 
     fn write_at(&self, file: &File, _path: &Path, bytes: &[u8], offset: u64) -> io::Result<()> {
         let written = if bytes.len() >= UNCACHED_FROM_BYTES { write_uncached(file, bytes, offset) } else { 0 };
-        file.write_all_at(bytes.get(written..).unwrap_or_default(), offset + written as u64)
+        file.write_all_at(bytes.get(written..).unwrap_or_default(), offset + written as u64)?;
+        failpoint::reached("pack/written");
+        Ok(())
     }
 
     fn sync(&self, file: &File, _path: &Path) -> io::Result<()> {
-        file.sync_data()
+        failpoint::sync("pack/sync", || file.sync_data())
     }
 
     fn sync_directory(&self, path: &Path) -> io::Result<()> {
-        File::open(path)?.sync_all()
+        failpoint::sync("directory/sync", || File::open(path)?.sync_all())
     }
 }
 
@@ -90,6 +95,7 @@ pub fn create_directory(path: &Path) -> Result<(), StorageError> {
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
         other => other.map_err(StorageError::io("create", path))?,
     }
+    failpoint::reached("directory/created");
     sync_directory(parent.unwrap_or(Path::new(".")))
 }
 
@@ -100,18 +106,55 @@ pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<(), StorageError> {
     let write = || -> io::Result<()> {
         let mut file = tempfile::Builder::new().prefix(TEMPORARY_PREFIX).tempfile_in(directory)?;
         file.write_all(bytes)?;
-        file.as_file().sync_all()?;
+        failpoint::reached("file/written");
+        failpoint::sync("file/sync", || file.as_file().sync_all())?;
         file.persist(path).map_err(|error| error.error)?;
+        failpoint::reached("file/renamed");
         Ok(())
     };
     write().map_err(StorageError::io("write", path))?;
     sync_directory(directory)
 }
 
+/// What [`has_room`] asks for, bytes: more than the catalog needs to be opened.
+const PROBE_BYTES: usize = 256 << 10;
+
+/// Whether new files can be made in `directory` and take some bytes: not on a medium that cannot be written, and not where space
+/// or inodes are used up.
+pub fn has_room(directory: &Path) -> Result<bool, StorageError> {
+    let probe = || -> io::Result<()> {
+        // Two, as the catalog needs beside its database.
+        let _one = tempfile::Builder::new().prefix(TEMPORARY_PREFIX).tempfile_in(directory)?;
+        let mut other = tempfile::Builder::new().prefix(TEMPORARY_PREFIX).tempfile_in(directory)?;
+        other.write_all(&vec![0; PROBE_BYTES])
+    };
+    match probe() {
+        Ok(()) => Ok(true),
+        Err(error) if is_no_room(&error) => Ok(false),
+        Err(error) => Err(StorageError::io("write", directory)(error)),
+    }
+}
+
+/// Whether an error says that nothing more can be written here, whatever it is.
+pub fn is_no_room(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::ReadOnlyFilesystem
+    )
+}
+
+/// Opens a file with `options`; on a medium that cannot be written for reading alone, so that writing to it fails later.
+pub fn open_or_read(options: &OpenOptions, path: &Path) -> io::Result<File> {
+    match options.open(path) {
+        Err(error) if error.kind() == io::ErrorKind::ReadOnlyFilesystem => File::open(path),
+        other => other,
+    }
+}
+
 /// How the names of unfinished files begin; [`remove_temporaries`] knows them by it.
 pub const TEMPORARY_PREFIX: &str = ".unfinished-";
 
-/// Removes what writers left unfinished in `directory` when their process died.
+/// Removes what writers left unfinished in `directory` when their process died; on a medium that cannot be written it stays.
 pub fn remove_temporaries(directory: &Path) -> Result<(), StorageError> {
     let failed = |error| StorageError::io("clean", directory)(error);
     for entry in fs::read_dir(directory).map_err(failed)? {
@@ -119,7 +162,11 @@ pub fn remove_temporaries(directory: &Path) -> Result<(), StorageError> {
         if entry.file_name().to_string_lossy().starts_with(TEMPORARY_PREFIX) {
             let path = entry.path();
             let removed = if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
-            removed.map_err(StorageError::io("remove", &path))?;
+            match removed {
+                Err(error) if error.kind() == io::ErrorKind::ReadOnlyFilesystem => continue,
+                other => other.map_err(StorageError::io("remove", &path))?,
+            }
+            failpoint::reached("unfinished/removed");
         }
     }
     Ok(())

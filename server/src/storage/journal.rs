@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use crate::failpoint;
 use crate::pki::files;
 
 /// Longest line, bytes.
@@ -100,7 +101,8 @@ impl<E: Serialize + DeserializeOwned> Journal<E> {
         }
         self.doubtful = true;
         self.file.write_all(lines.as_bytes())?;
-        self.file.sync_data()?;
+        failpoint::reached("journal/written");
+        failpoint::sync("journal/sync", || self.file.sync_data())?;
         self.doubtful = false;
         Ok(())
     }
@@ -116,7 +118,8 @@ impl<E: Serialize + DeserializeOwned> Journal<E> {
         }
         if last != *b"\n" {
             self.file.write_all(DISCARDED)?;
-            self.file.sync_data()?;
+            failpoint::reached("journal/closed");
+            failpoint::sync("journal/sync", || self.file.sync_data())?;
         }
         self.doubtful = false;
         Ok(())

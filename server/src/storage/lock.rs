@@ -10,7 +10,8 @@ use std::time::Duration;
 use rustix::fs::{FlockOperation, flock};
 use strandline_actors::runtime::clock;
 
-use super::StorageError;
+use super::{StorageError, files};
+use crate::failpoint;
 
 /// How long to sleep between two attempts.
 const POLL: Duration = Duration::from_millis(20);
@@ -26,7 +27,7 @@ pub struct DirectoryLock {
 impl DirectoryLock {
     /// Takes the lock file `path` of `directory`, waiting at most `wait`. Blocks the calling thread.
     pub fn take(directory: &Path, path: &Path, wait: Duration) -> Result<Self, StorageError> {
-        let open = File::options().read(true).write(true).create(true).truncate(false).open(path);
+        let open = files::open_or_read(File::options().read(true).write(true).create(true).truncate(false), path);
         let mut file = open.map_err(StorageError::io("open", path))?;
         let deadline = clock::now() + wait;
         loop {
@@ -46,7 +47,11 @@ impl DirectoryLock {
             file.set_len(0)?;
             file.write_all(format!("process {}\n", std::process::id()).as_bytes())
         };
-        sign(&file).map_err(StorageError::io("write", path))?;
+        if let Err(error) = sign(&file) {
+            // It holds all the same; whoever waits for it is told of another process, and not which.
+            tracing::debug!(%error, path = %path.display(), "the lock could not be signed");
+        }
+        failpoint::reached("lock/signed");
         Ok(Self { file })
     }
 

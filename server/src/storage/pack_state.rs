@@ -10,6 +10,7 @@ use strandline_messages::limits;
 
 use super::layout::RepositoryPaths;
 use super::{StorageError, files};
+use crate::failpoint;
 
 /// Longest state file that is read, bytes: every block of a full pack freed and withdrawn several times over.
 const STATE_BYTES_MAX: usize = STATE_HEADER_BYTES + 4 * limits::PACK_BLOCKS_MAX * STATE_RECORD_BYTES;
@@ -58,7 +59,8 @@ pub fn append(
     let write = || -> io::Result<()> {
         let mut file = File::options().append(true).open(&path)?;
         file.write_all(&[vec![0; padding], encoded].concat())?;
-        file.sync_data()
+        failpoint::reached("pack-state/written");
+        failpoint::sync("pack-state/sync", || file.sync_data())
     };
     write().map_err(StorageError::io("write", &path))
 }
@@ -66,9 +68,11 @@ pub fn append(
 /// Removes the state file of a pack that is gone.
 pub fn remove(path: &Path) -> Result<(), StorageError> {
     match fs::remove_file(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        other => other.map_err(StorageError::io("remove", path)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        other => other.map_err(StorageError::io("remove", path))?,
     }
+    failpoint::reached("pack-state/removed");
+    Ok(())
 }
 
 #[cfg(test)]

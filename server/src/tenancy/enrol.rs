@@ -11,7 +11,7 @@ use strandline_messages::identity::{EnrolmentSecret, Identity, Role};
 use strandline_messages::{AgentId, TenantName};
 
 use super::journal::{AgentIdText, Event};
-use super::{LABEL_BYTES_MAX, Tenancy, TenancyError, ns, token_hash};
+use super::{LABEL_BYTES_MAX, Tenancy, TenancyError, commit, ns, token_hash};
 use crate::pki::{Authority, PkiError, ProvenKey};
 use crate::tls::AgentPeer;
 
@@ -176,7 +176,7 @@ impl Tenancy {
             expires_ns,
         })
         .await?;
-        transaction.commit().await?;
+        commit(transaction).await?;
         Ok(Identity { tenant, agent, role: Role::Agent })
     }
 
@@ -198,7 +198,7 @@ impl Tenancy {
             return Err(EnrolError::NotEnrolled);
         }
         self.remember(Event::AgentRenewed { agent: AgentIdText(*agent), at_ns: now_ns, expires_ns }).await?;
-        transaction.commit().await?;
+        commit(transaction).await?;
         Ok(())
     }
 }

@@ -20,6 +20,8 @@ use strandline_actors::runtime::clock;
 use strandline_messages::identity::EnrolmentSecret;
 use strandline_messages::{AgentId, TenantName};
 
+use crate::failpoint;
+
 pub use enrol::{EnrolError, Enrolled, Machine, enrol, renew};
 pub(crate) use journal::JOURNAL_NAME;
 use journal::{AgentIdText, Event, Journal};
@@ -135,7 +137,7 @@ impl Tenancy {
             return Err(TenancyError::TenantExists(tenant.clone()));
         }
         self.remember(Event::TenantAdded { tenant: tenant.clone(), at_ns: created_ns }).await?;
-        transaction.commit().await?;
+        commit(transaction).await?;
         Ok(TenantRecord { name: tenant.clone(), created_ns, agents: 0 })
     }
 
@@ -168,7 +170,7 @@ impl Tenancy {
             .bind(expires_ns)
             .execute(&mut *transaction)
             .await?;
-        transaction.commit().await?;
+        commit(transaction).await?;
         Ok((secret, expires_ns))
     }
 
@@ -189,7 +191,7 @@ impl Tenancy {
                 .execute(&mut *transaction)
                 .await?;
         }
-        transaction.commit().await?;
+        commit(transaction).await?;
         self.agent(agent).await?.ok_or(TenancyError::NoSuchAgent(agent))
     }
 
@@ -216,6 +218,14 @@ impl Tenancy {
         });
         written.await.map_err(|_| TenancyError::Worker)?
     }
+}
+
+/// Ends a transaction that [`Tenancy::begin`] began.
+async fn commit(transaction: Transaction<'static, Sqlite>) -> Result<(), sqlx::Error> {
+    failpoint::reached("identities/committing");
+    transaction.commit().await?;
+    failpoint::reached("identities/committed");
+    Ok(())
 }
 
 async fn tenant_exists(

@@ -6,7 +6,7 @@ use data_encoding::HEXLOWER;
 use sqlx::{Sqlite, Transaction};
 
 use super::journal::Event;
-use super::{Tenancy, TenancyError};
+use super::{Tenancy, TenancyError, commit};
 use crate::storage::journal::Replay;
 
 impl Tenancy {
@@ -26,7 +26,7 @@ impl Tenancy {
         for event in said.events {
             apply(&mut transaction, event).await?;
         }
-        transaction.commit().await?;
+        commit(transaction).await?;
         Ok(())
     }
 }

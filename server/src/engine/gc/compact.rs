@@ -15,6 +15,7 @@ use super::super::{EngineError, blocking, on_own_thread};
 use super::free::free;
 use super::inventory::{Inventory, PackBlocks};
 use crate::catalog::repositories::BlockPlace;
+use crate::failpoint;
 use crate::index::Copy;
 use crate::storage::StorageError;
 use crate::storage::pack_writer::{NewBlock, PackWriter};
@@ -42,6 +43,7 @@ pub(super) async fn compact(
                 return Err(EngineError::Stopping);
             }
             try_join_all(group.iter().map(|&place| move_block(state, writer, pack, place))).await?;
+            failpoint::reached("blocks/moved");
         }
         let moved = pack.blocks.iter().map(|block| ((pack.number, block.offset), block.bytes)).collect();
         carry_flags(state, pack.domain, moved).await?;

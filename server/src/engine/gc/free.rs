@@ -20,6 +20,7 @@ use super::super::{EngineError, on_own_thread};
 use super::BATCH_MAX;
 use super::inventory::Inventory;
 use crate::catalog::repositories::BlockPlace;
+use crate::failpoint;
 use crate::storage::StorageError;
 
 /// Frees every condemned block on which no open lease can rely, and finishes what an earlier run began. Only blocks of
@@ -122,7 +123,7 @@ fn give_back(state: &State, inventory: &Inventory, blocks: &[BlockPlace]) -> Res
             let Some(block) = pack_blocks else { continue };
             total += u64::from(block.bytes);
             match punch(&file, offset, block.bytes) {
-                Ok(()) => {}
+                Ok(()) => failpoint::reached("pack/punched"),
                 Err(Errno::OPNOTSUPP | Errno::NOSYS) => {
                     state.punching.store(false, Ordering::Relaxed);
                 }

@@ -485,3 +485,17 @@ async fn many_small_packs_are_collected_over_restarts_and_everything_kept_stays_
         assert!(site.known(&ids).await.iter().all(|known| *known), "{base}");
     }
 }
+
+#[actix_rt::test]
+async fn the_number_of_a_removed_pack_is_not_used_again_by_a_later_start() {
+    let mut site = Site::new().await;
+    let only = site.snapshot(100, &[&[1]]).await;
+    site.delete(only).await;
+    assert_eq!(site.gc().await.packs_dropped, 1);
+    assert_eq!(site.packs(), 0);
+    let mut site = site.reopened().await;
+    // What the index and the catalog remember of the old pack must not be taken for the new one's.
+    site.snapshot(101, &[&[1]]).await;
+    assert_eq!(site.known(&[1, 101]).await, [true, true]);
+    assert_eq!(site.readable(&[1, 101]).await, [true, true]);
+}

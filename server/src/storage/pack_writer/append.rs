@@ -15,6 +15,7 @@ use strandline_messages::{DomainId, limits};
 
 use super::commit::{Group, Step};
 use super::{Job, NewBlock, OPEN_PACKS_MAX, Queued, Shared, StoredBlock};
+use crate::failpoint;
 use crate::storage::pack_file::PackInfo;
 use crate::storage::store_error::StoreError;
 
@@ -39,6 +40,7 @@ impl PackFile {
     pub(super) fn remove(&self) {
         // If even this fails, the next start seals the pack or sets it aside.
         let _ = std::fs::remove_file(&self.path);
+        failpoint::reached("pack/given-up");
     }
 }
 
