@@ -393,6 +393,9 @@ impl Entry {
         let inode = decoder.zigzag()?.wrapping_add(previous.inode);
         let device = decoder.zigzag()?.wrapping_add(previous.device);
         let links = if kind & FLAG_LINKS == 0 { 1 } else { small(decoder)? };
+        if kind & FLAG_LINKS != 0 && links < 2 {
+            return Err(decoder.invalid("a link count below two follows"));
+        }
         let xattrs = if kind & FLAG_XATTRS == 0 { Vec::new() } else { decode_xattrs(decoder)? };
         let node = EntryNode::decode(kind, decoder, &mut previous.position, references)?;
         *previous = Previous { mtime: mtime.seconds, inode, device, position: previous.position };
@@ -687,6 +690,24 @@ mod tests {
                 NodeBody::Directory { owners: vec![Owner::default()], entries: vec![entry(name, EntryNode::Fifo)] };
             let node = TreeNodeV1 { kind: ListKind::Directory, body };
             assert!(TreeNodeV1::decode(&node.encode(), 0).is_err(), "{name:?}");
+        }
+    }
+
+    #[test]
+    fn s43_a_link_count_that_no_encoder_writes_is_refused() {
+        let bytes = |links| {
+            let body = NodeBody::Directory {
+                owners: vec![Owner::default()],
+                entries: vec![Entry { links, xattrs: Vec::new(), ..entry(b"a", EntryNode::Fifo) }],
+            };
+            TreeNodeV1 { kind: ListKind::Directory, body }.encode()
+        };
+        let mut two = bytes(2);
+        TreeNodeV1::decode(&two, 0).unwrap();
+        // It is the last number of a pipe without attributes.
+        for links in [0, 1] {
+            *two.last_mut().unwrap() = links;
+            assert!(TreeNodeV1::decode(&two, 0).is_err(), "{links}");
         }
     }
 
