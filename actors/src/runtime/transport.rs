@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use bytes::BytesMut;
+use bytes::{BufMut, BytesMut};
 use futures_util::future::BoxFuture;
 use strandline_messages::limits;
 use strandline_messages::wire::frame::{FLAG_CRITICAL, HEADER_BYTES};
@@ -15,6 +15,9 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
 /// How long a greeting may take before the connection is given up.
 pub const GREETING_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// Room that is made at a time while one message is read, bytes.
+const READ_BYTES: usize = 16 << 10;
 
 /// A bidirectional byte stream: a TLS connection or an in-process pipe.
 pub trait Transport: AsyncRead + AsyncWrite + Send + Unpin {}
@@ -158,7 +161,7 @@ pub async fn write_message<W: AsyncWrite + Unpin>(writer: &mut W, message: &Mess
 }
 
 /// Reads exactly one message, not a byte more. For greetings and enrolments: the peer may be anybody, so their length has a
-/// limit of its own.
+/// limit of its own, and memory grows with what comes, not with what the header claims.
 pub async fn read_message<R: AsyncRead + Unpin>(reader: &mut R) -> Result<Message, LinkError> {
     loop {
         let mut header = [0; HEADER_BYTES];
@@ -168,12 +171,24 @@ pub async fn read_message<R: AsyncRead + Unpin>(reader: &mut R) -> Result<Messag
             let (found, max) = (header.len.into(), limits::GREETING_BYTES_MAX as u64);
             return Err(WireError::FrameTooLong { kind: header.kind, found, max }.into());
         }
-        let mut body = BytesMut::zeroed(header.len as usize);
-        reader.read_exact(&mut body).await?;
+        let body = read_body(reader, header.len as usize).await?;
         // A kind that this version does not know is skipped unless it is critical, as on every connection.
         if is_known_kind(header.kind) || header.flags & FLAG_CRITICAL != 0 {
             let frame = Frame { kind: header.kind, flags: header.flags, body: body.freeze() };
             return Ok(Message::decode(&frame)?.1);
         }
     }
+}
+
+/// The next `len` bytes.
+async fn read_body<R: AsyncRead + Unpin>(reader: &mut R, len: usize) -> Result<BytesMut, LinkError> {
+    let mut body = BytesMut::new();
+    while body.len() < len {
+        let room = (len - body.len()).min(READ_BYTES);
+        body.reserve(room);
+        if reader.read_buf(&mut (&mut body).limit(room)).await? == 0 {
+            return Err(std::io::Error::from(std::io::ErrorKind::UnexpectedEof).into());
+        }
+    }
+    Ok(body)
 }
