@@ -263,6 +263,11 @@ impl Config {
         check("window_bytes", (block..=1 << 32).contains(&self.window_bytes), || {
             format!("must be from {block} (one block) to {}", 1u64 << 32)
         })?;
+        // Less than the longest frame would never be enough for one, and its connection would wait for ever.
+        let frame = limits::DATA_FRAME_BYTES_MAX as u64;
+        check("receive_bytes", (frame..=1 << 40).contains(&self.receive_bytes), || {
+            format!("must be from {frame} (one block) to {}", 1u64 << 40)
+        })?;
         let day = Duration::from_hours(24);
         check("session_grace", (Duration::from_secs(10)..=day).contains(&self.session_grace), || {
             "must be from 10s to 1day".into()
@@ -478,6 +483,7 @@ mod tests {
             ("max_streams = 0", "max_streams"),
             ("max_streams = 65", "max_streams"),
             ("window_bytes = 1000", "window_bytes"),
+            ("receive_bytes = 1000", "receive_bytes"),
             ("listen = []", "listen"),
             ("names = []", "names"),
             ("names = [\"a b\"]", "names"),
