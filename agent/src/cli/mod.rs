@@ -46,6 +46,7 @@ use args::{Arguments, Command};
 use settings::Place;
 
 pub use fate::Fate;
+pub use settings::Settings;
 
 /// Runs the command line of this process.
 pub fn main() -> ExitCode {

@@ -54,6 +54,21 @@ pub struct Settings {
     pub ignore_ctime: bool,
 }
 
+impl Settings {
+    /// Reads `path` and lets the variables `STRAND_SETTING_…` of this process override it. A file that is not there is an
+    /// error only if it is `required`.
+    pub fn load(path: &Path, required: bool) -> anyhow::Result<Self> {
+        config::Config::builder()
+            .add_source(File::from(path).format(FileFormat::Toml).required(required))
+            .add_source(
+                Environment::with_prefix("STRAND_SETTING").prefix_separator("_").separator("__").try_parsing(true),
+            )
+            .build()
+            .and_then(config::Config::try_deserialize)
+            .map_err(|error| anyhow::anyhow!("the settings {} cannot be used: {error}", path.display()))
+    }
+}
+
 /// Everything that does not depend on the command.
 #[derive(Clone, Debug)]
 pub struct Place {
@@ -77,8 +92,8 @@ impl Place {
             None => base("XDG_CACHE_HOME", ".cache")?.join("strandline"),
         };
         let settings = match &global.config {
-            Some(path) => load(path, true)?,
-            None => load(&config_dir.join(SETTINGS_NAME), false)?,
+            Some(path) => Settings::load(path, true)?,
+            None => Settings::load(&config_dir.join(SETTINGS_NAME), false)?,
         };
         Ok(Self { config_dir, state_dir, settings })
     }
@@ -91,16 +106,6 @@ fn base(variable: &str, below_home: &str) -> anyhow::Result<PathBuf> {
     })
 }
 
-fn load(path: &Path, required: bool) -> anyhow::Result<Settings> {
-    let settings = config::Config::builder()
-        .add_source(File::from(path).format(FileFormat::Toml).required(required))
-        .add_source(Environment::with_prefix("STRAND_SETTING").prefix_separator("_").separator("__").try_parsing(true))
-        .build()
-        .and_then(config::Config::try_deserialize)
-        .map_err(|error| anyhow::anyhow!("the settings {} cannot be used: {error}", path.display()))?;
-    Ok(settings)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -110,10 +115,10 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join(SETTINGS_NAME);
         std::fs::write(&path, "streams = 3\nlimit_upload = \"10M\"\n").unwrap();
-        assert_eq!(load(&path, true).unwrap().streams, Some(3));
+        assert_eq!(Settings::load(&path, true).unwrap().streams, Some(3));
         std::fs::write(&path, "straems = 3\n").unwrap();
-        assert!(load(&path, true).unwrap_err().to_string().contains("straems"));
-        assert!(load(&dir.path().join("none"), false).unwrap().repository.is_none());
-        assert!(load(&dir.path().join("none"), true).is_err());
+        assert!(Settings::load(&path, true).unwrap_err().to_string().contains("straems"));
+        assert!(Settings::load(&dir.path().join("none"), false).unwrap().repository.is_none());
+        assert!(Settings::load(&dir.path().join("none"), true).is_err());
     }
 }

@@ -35,7 +35,8 @@ impl Rules {
         }
     }
 
-    fn parse(bytes: &[u8]) -> (Option<Self>, Vec<String>) {
+    /// The rules that `bytes` are, and what in them cannot be followed, for people.
+    pub fn parse(bytes: &[u8]) -> (Option<Self>, Vec<String>) {
         let mut builder = GitignoreBuilder::new("");
         let mut problems = Vec::new();
         for (number, line) in String::from_utf8_lossy(bytes).lines().enumerate() {
