@@ -4,6 +4,7 @@
 pub mod clock;
 pub mod compare;
 pub mod corpus;
+pub mod fuzz;
 pub mod gc_model;
 pub mod mounts;
 pub mod mutate;
