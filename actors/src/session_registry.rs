@@ -170,7 +170,7 @@ impl SessionRegistry {
         self.opened += 1;
         let entry = Entry { session: session.clone(), peer, token, number: self.opened, store, missed: false };
         if planted::here(Bug::AnswersBeforeItRegisters) {
-            ctx.run_later(std::time::Duration::from_millis(200), move |registry, _| {
+            ctx.run_later(Duration::from_millis(200), move |registry, _| {
                 registry.sessions.insert(id, entry);
             });
         } else {

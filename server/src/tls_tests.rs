@@ -1,5 +1,7 @@
 //! Real handshakes over an in-memory pipe: who gets in, and who does not.
 
+use std::time::Duration;
+
 use rcgen::{CertificateParams, ExtendedKeyUsagePurpose, KeyPair, PKCS_ECDSA_P256_SHA256};
 use rustls::client::Resumption;
 use rustls::pki_types::{PrivateKeyDer, ServerName};

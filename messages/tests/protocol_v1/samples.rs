@@ -137,7 +137,7 @@ fn session() -> Vec<Message> {
             unknown: bytes(0xd6, 32),
             damage: "pack 1".into(),
         }),
-        Message::Credit(Credit { bytes: 1 << 20 }),
+        Message::Credit(Credit { granted: 1 << 20 }),
     ]
 }
 

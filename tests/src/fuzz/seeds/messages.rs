@@ -163,7 +163,7 @@ fn message_samples() -> Result<Vec<Message>> {
         Message::SessionAborted,
         Message::FetchChunks(FetchChunks { request: 1, snapshot: SnapshotId([0; 32]), ids: bytes(64) }),
         Message::FetchDone(FetchDone { request: 1, blocks: 2, cost: 3, unknown: bytes(32), damage: "none".into() }),
-        Message::Credit(Credit { bytes: 1 << 20 }),
+        Message::Credit(Credit { granted: 1 << 20 }),
         Message::Join(Join {
             session,
             token,
