@@ -193,7 +193,7 @@ impl Fetcher {
             && !planted::here(Bug::LosesCreditWithStreams)
         {
             self.regrants += 1;
-            self.granted += limits::BLOCK_BYTES_MAX as u64;
+            self.granted = self.granted.saturating_add(limits::BLOCK_BYTES_MAX as u64);
             for request in self.requests.values_mut() {
                 request.heard = now;
             }
@@ -215,7 +215,8 @@ impl Fetcher {
             let lost = request.done.take().map_or(0, |done| done.cost.saturating_sub(request.cost));
             warn!(bytes = lost, "blocks were lost with a stream; fetching them again");
             if !planted::here(Bug::LosesCreditWithStreams) {
-                self.granted += lost;
+                // The server said how much: its numbers may be anything.
+                self.granted = self.granted.saturating_add(lost);
             }
             self.next_request = self.next_request.wrapping_add(1);
             let again = self.next_request;
@@ -327,7 +328,7 @@ impl Handler<BlockUsed> for Fetcher {
         self.in_use = self.in_use.saturating_sub(cost);
         let granted_before = self.of_older_session.min(cost);
         self.of_older_session -= granted_before;
-        self.granted += cost - granted_before;
+        self.granted = self.granted.saturating_add(cost - granted_before);
         self.pay(1 << 20);
     }
 }
