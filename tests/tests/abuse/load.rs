@@ -55,44 +55,45 @@ fn s01_many_sessions_of_four_streams_are_open_at_once_and_each_stores_over_every
     let (idle, memory) = (descriptors(server)?, resident_bytes(server)?);
     let (sealed, _) = block(&keys)?;
     let (workers, began) = (8.min(count), clock::now());
+    let session = || -> Result<(Raw, Vec<Raw>)> {
+        let mut control = Raw::greeted(address, &papers, Purpose::Control)?;
+        let opened = open(&mut control, SessionKind::Backup, &file.name, &keys)?;
+        let mut streams = Vec::new();
+        for index in 0..STREAMS {
+            let mut stream = Raw::greeted(address, &papers, Purpose::Data)?;
+            let Message::Join(join) = join_message(opened.session, opened.token) else { anyhow::bail!("no join") };
+            let heard = stream.ask(Tag(0), &Message::Join(Join { index: StreamIndex(index), ..join }))?;
+            ensure!(matches!(heard, Heard::Message(_, Message::Joined)), "{heard:?}");
+            streams.push(stream);
+        }
+        for (sequence, stream) in streams.iter_mut().enumerate() {
+            stream.send(&block_frame(sequence as u64, &sealed))?;
+        }
+        for stream in &mut streams {
+            loop {
+                match stream.hear()? {
+                    Heard::Message(_, Message::Ack(ack)) if ack.watermark == u64::from(STREAMS) => break,
+                    Heard::Message(_, Message::Ack(_)) => {}
+                    other => anyhow::bail!("{other:?}"),
+                }
+            }
+        }
+        Ok((control, streams))
+    };
+    let work = |first: usize| -> Result<Vec<(Raw, Vec<Raw>)>> {
+        let (mut sessions, mut pinged) = (Vec::new(), clock::now());
+        for _ in (first..count).step_by(workers) {
+            sessions.push(session()?);
+            if pinged.elapsed() >= PING_EVERY {
+                ping(&mut sessions)?;
+                pinged = clock::now();
+            }
+        }
+        ping(&mut sessions)?;
+        Ok(sessions)
+    };
     let sessions = thread::scope(|scope| -> Result<Vec<_>> {
-        let session = || -> Result<(Raw, Vec<Raw>)> {
-            let mut control = Raw::greeted(address, &papers, Purpose::Control)?;
-            let opened = open(&mut control, SessionKind::Backup, &file.name, &keys)?;
-            let mut streams = Vec::new();
-            for index in 0..STREAMS {
-                let mut stream = Raw::greeted(address, &papers, Purpose::Data)?;
-                let Message::Join(join) = join_message(opened.session, opened.token) else { anyhow::bail!("no join") };
-                let heard = stream.ask(Tag(0), &Message::Join(Join { index: StreamIndex(index), ..join }))?;
-                ensure!(matches!(heard, Heard::Message(_, Message::Joined)), "{heard:?}");
-                streams.push(stream);
-            }
-            for (sequence, stream) in streams.iter_mut().enumerate() {
-                stream.send(&block_frame(sequence as u64, &sealed))?;
-            }
-            for stream in &mut streams {
-                loop {
-                    match stream.hear()? {
-                        Heard::Message(_, Message::Ack(ack)) if ack.watermark == u64::from(STREAMS) => break,
-                        Heard::Message(_, Message::Ack(_)) => {}
-                        other => anyhow::bail!("{other:?}"),
-                    }
-                }
-            }
-            Ok((control, streams))
-        };
-        let work = |first: usize| -> Result<Vec<(Raw, Vec<Raw>)>> {
-            let (mut sessions, mut pinged) = (Vec::new(), clock::now());
-            for _ in (first..count).step_by(workers) {
-                sessions.push(session()?);
-                if pinged.elapsed() >= PING_EVERY {
-                    ping(&mut sessions)?;
-                    pinged = clock::now();
-                }
-            }
-            ping(&mut sessions)?;
-            Ok(sessions)
-        };
+        let work = &work;
         let working: Vec<_> = (0..workers).map(|first| scope.spawn(move || work(first))).collect();
         let mut sessions = Vec::new();
         for worker in working {
