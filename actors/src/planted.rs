@@ -3,9 +3,22 @@
 //! A place that could have one asks [`here`]. Unless the feature `planted-bugs` is on, which only test programs turn on,
 //! the answer is no when the compiler asks, and nothing of it is left in the program.
 
-/// A mistake that somebody could make, or has made.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Bug {
+macro_rules! bugs {
+    ($($(#[$meaning:meta])* $name:ident,)*) => {
+        /// A mistake that somebody could make, or has made.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        pub enum Bug {
+            $($(#[$meaning])* $name,)*
+        }
+
+        /// Every one of them.
+        pub const ALL: &[Bug] = &[$(Bug::$name,)*];
+    };
+}
+
+bugs! {
+    /// Credit that was lost with the control connection is not told again.
+    LosesCreditWithConnections,
     /// What a dead stream carried is not sent by others (s04).
     ForgetsWhatADeadStreamCarried,
     /// What a lost session had in flight is not sent to the next one.
@@ -62,8 +75,6 @@ pub enum Bug {
     ServesTheSameFetchTwice,
     /// What was lost with a stream keeps its credit.
     LosesCreditWithStreams,
-    /// Credit that was lost with the control connection is not told again.
-    LosesCreditWithConnections,
     /// Storage confirms before it syncs (s05, s26).
     ConfirmsBeforeItSyncs,
     /// Storage confirms although the disk reported an error (s29).
@@ -72,73 +83,26 @@ pub enum Bug {
     KnowsWhatIsNotDurable,
 }
 
-/// Every one of them.
-#[cfg(feature = "planted-bugs")]
-pub const ALL: [Bug; 32] = {
-    use Bug::*;
-    [
-        LosesCreditWithConnections,
-        ForgetsWhatADeadStreamCarried,
-        ForgetsWhatTheOldSessionCarried,
-        DeclaresOneBlockLess,
-        CommitsBeforeTheWatermark,
-        AcknowledgesOneTooMany,
-        AcknowledgesGaps,
-        ForgetsTheOutcome,
-        KeepsTheGraceTimer,
-        NeverExpires,
-        StopsBeforeItsEndIsRecorded,
-        CountsUnheardIncarnations,
-        DiesOfALateCopy,
-        OverlooksDeadConnections,
-        WaitsForStalledStreams,
-        WaitsForAStalledServer,
-        NeverPings,
-        LeavesSocketsBehind,
-        ClosesBeforeItIsDrained,
-        NeverReplacesStreams,
-        ForgetsWhatWasWritten,
-        ForgetsUnansweredRequests,
-        CommitsWithTheOldCount,
-        ForgetsTheOldSession,
-        NeverEndsAnIncident,
-        AnswersBeforeItRegisters,
-        NeverFetchesAgain,
-        ServesTheSameFetchTwice,
-        LosesCreditWithStreams,
-        ConfirmsBeforeItSyncs,
-        ConfirmsInSpiteOfErrors,
-        KnowsWhatIsNotDurable,
-    ]
-};
-
 /// Whether this bug is planted.
 #[cfg(not(feature = "planted-bugs"))]
-#[inline(always)]
+#[inline]
 pub const fn here(_: Bug) -> bool {
     false
 }
 
 #[cfg(feature = "planted-bugs")]
-pub use planted::{here, plant};
+thread_local! {
+    static PLANTED: std::cell::Cell<Option<Bug>> = const { std::cell::Cell::new(None) };
+}
 
+/// Whether this bug is planted on this thread.
 #[cfg(feature = "planted-bugs")]
-mod planted {
-    use std::cell::Cell;
+pub fn here(bug: Bug) -> bool {
+    PLANTED.get() == Some(bug)
+}
 
-    use super::Bug;
-
-    thread_local! {
-        static PLANTED: Cell<Option<Bug>> = const { Cell::new(None) };
-    }
-
-    /// Whether this bug is planted on this thread.
-    pub fn here(bug: Bug) -> bool {
-        PLANTED.get() == Some(bug)
-    }
-
-    /// Plants a bug on this thread instead of the one before; `None`: none.
-    pub fn plant(bug: Option<Bug>) {
-        PLANTED.set(bug);
-    }
+/// Plants a bug on this thread instead of the one before; `None`: none.
+#[cfg(feature = "planted-bugs")]
+pub fn plant(bug: Option<Bug>) {
+    PLANTED.set(bug);
 }

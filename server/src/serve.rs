@@ -259,9 +259,10 @@ fn raise_descriptor_limit() -> Option<u64> {
 }
 
 /// A quarter of the descriptors is left for packs and catalog: a server that cannot open them serves nobody.
-fn within(limits: Limits, descriptors: Option<u64>) -> Limits {
+fn within(mut limits: Limits, descriptors: Option<u64>) -> Limits {
     let most = descriptors.map_or(usize::MAX, |most| usize::try_from(most / 4 * 3).unwrap_or(usize::MAX));
-    Limits { connections: limits.connections.min(most), ..limits }
+    limits.connections = limits.connections.min(most);
+    limits
 }
 
 /// Reads the configuration again. The certificate's names take effect at once; returns them. A configuration that cannot

@@ -275,7 +275,7 @@ struct Summary {
 
 /// Something that whoever watches over a fleet wants to know.
 #[derive(Serialize)]
-struct Event {
+struct Notice {
     message_type: &'static str,
     event: &'static str,
     snapshot_id: String,
@@ -299,7 +299,7 @@ fn events(global: &Global, report: &BackupReport) -> anyhow::Result<()> {
     );
     if global.json {
         let (message_type, event) = ("event", "server_rolled_back");
-        return output::json_line(&Event { message_type, event, snapshot_id: lost.to_string(), message });
+        return output::json_line(&Notice { message_type, event, snapshot_id: lost.to_string(), message });
     }
     output::error(false, Fate::Done.code(), &message);
     Ok(())

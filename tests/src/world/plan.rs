@@ -99,7 +99,7 @@ fn mostly(random: &mut Random, usual: u64, other: u64, percent: u64) -> u64 {
 
 const STORM: Duration = Duration::from_mins(3);
 /// The storm of a world whose backups pause: longer than an incident may last, and than a session may be alone.
-const LONG_STORM: Duration = Duration::from_mins(60);
+const LONG_STORM: Duration = Duration::from_hours(1);
 
 impl Plan {
     /// What this seed means.
@@ -157,7 +157,7 @@ impl Plan {
     fn pause_long(&mut self, random: &mut Random) {
         self.pause = Duration::from_mins(1 + random.below(50));
         self.storm = LONG_STORM;
-        for _ in 0..1 + random.index(5) {
+        for _ in 0..=random.index(5) {
             self.blows.push((Duration::from_secs(random.below(LONG_STORM.as_secs())), Blow::CutEverything));
         }
     }
