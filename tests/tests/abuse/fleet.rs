@@ -96,7 +96,7 @@ fn quiet(rig: &mut Rig) -> Result<(usize, u64)> {
     sockets::wait_until_none_open(rig.address().port(), SILENCE)?;
     let server = rig.server()?.id();
     // Packs of repositories that nobody writes to are closed after a while; sessions expire (10 s, see below).
-    let end = clock::now() + Duration::from_secs(20);
+    let end = clock::now() + Duration::from_secs(12);
     let mut least = usize::MAX;
     while clock::now() < end {
         least = least.min(descriptors(server)?);
