@@ -6,6 +6,7 @@ pub mod compare;
 pub mod corpus;
 pub mod fuzz;
 pub mod gc_model;
+pub mod mortal;
 pub mod mounts;
 pub mod mutate;
 pub mod process;

@@ -28,7 +28,7 @@ pub fn binary(name: &str) -> Result<PathBuf> {
         directory.pop();
     }
     let path = directory.join(name);
-    anyhow::ensure!(path.is_file(), "{} is not built: run `cargo build --workspace` first", path.display());
+    anyhow::ensure!(path.is_file(), "{} is not built: run `tests/run`, or `cargo build` as it does", path.display());
     Ok(path)
 }
 

@@ -77,10 +77,12 @@ impl Rig {
         Self::build(scratch, data, Some(proxy), variables)
     }
 
-    /// The same with its data in `data` and another program as the server, and only initialised: nothing runs yet.
-    pub fn proxied_in_directory(data: &Path, program: &'static str) -> Result<Self> {
+    /// A server behind a proxy, of another program, that does not run yet, its data in `data` if that is given.
+    pub fn initialised(data: Option<&Path>, program: &'static str) -> Result<Self> {
+        let scratch = tempfile::tempdir()?;
+        let data = data.map_or_else(|| scratch.path().join("server"), Path::to_owned);
         let proxy = Proxy::start(SocketAddr::from((Ipv4Addr::LOCALHOST, 1)))?;
-        Self::initialise(tempfile::tempdir()?, data.to_owned(), Some(proxy), &[], program)
+        Self::initialise(scratch, data, Some(proxy), &[], program)
     }
 
     fn build(

@@ -81,10 +81,12 @@ fn s24_s25_a_server_killed_at_any_moment_and_while_it_recovers_comes_back_and_th
     let (wanted, mut kept) = (number("STRAND_KILLS", if is_long() { 2_000 } else { 30 }), Vec::new());
     for round in 0.. {
         let source = rig.scratch().join(format!("source-{round}"));
-        random_files(&source, kills.random.number(), 24, 128 << 10)?;
-        let mut backup = writer.start_backup(&source, &["--limit-upload", "6M", "--streams", "3", "--window", "6M"])?;
+        random_files(&source, kills.random.number(), 40, 256 << 10)?;
+        let mut backup =
+            writer.start_backup(&source, &["--limit-upload", "16M", "--streams", "3", "--window", "6M"])?;
         while backup.is_running() && kills.total < wanted {
-            let bytes = kills.random.below(MIB);
+            // Some of it is acknowledged mostly: an agent that gets nowhere waits longer and longer before it tries again.
+            let bytes = MIB / 2 + kills.random.below(3 * MIB);
             rig.wait_until_sent(&mut backup, bytes)?;
             kills.kill(&mut rig)?;
         }

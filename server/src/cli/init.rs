@@ -29,6 +29,7 @@ pub(super) async fn init(data: &Path, arguments: &InitArguments, lock_wait: Dura
     files::create_directory(data).with_context(|| format!("cannot create {}", data.display()))?;
     let paths = DataPaths::new(data);
     let _lock = DirectoryLock::take(data, &paths.lock(), lock_wait)?;
+    files::remove_unfinished(data).with_context(|| format!("cannot clean {}", data.display()))?;
     let config_path = data.join(CONFIG_NAME);
     if config_path.exists() {
         bail!("{}", describe_existing(data).await);

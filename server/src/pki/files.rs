@@ -8,7 +8,7 @@ use std::path::Path;
 use tempfile::{Builder, NamedTempFile};
 
 use crate::failpoint;
-use crate::storage::files::open_or_read;
+use crate::storage::files::{TEMPORARY_PREFIX, open_or_read, remove_temporaries};
 
 /// Makes `directory` (mode 700) and its missing parents, and fsyncs the directories that gained an entry.
 pub fn create_directory(directory: &Path) -> io::Result<()> {
@@ -29,7 +29,7 @@ pub fn create_directory(directory: &Path) -> io::Result<()> {
 pub fn write_private(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let directory = parent_of(path);
     // tempfile makes its files with mode 600.
-    let mut file = Builder::new().prefix(".new-").tempfile_in(directory)?;
+    let mut file = Builder::new().prefix(TEMPORARY_PREFIX).tempfile_in(directory)?;
     write_and_sync(&mut file, bytes)?;
     file.persist(path).map_err(|error| error.error)?;
     failpoint::reached("private-file/renamed");
@@ -39,7 +39,7 @@ pub fn write_private(path: &Path, bytes: &[u8]) -> io::Result<()> {
 /// Writes `bytes` to `path`, which must not exist yet; mode 600, fsynced with its directory.
 pub fn create_private(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let directory = parent_of(path);
-    let mut file = Builder::new().prefix(".new-").tempfile_in(directory)?;
+    let mut file = Builder::new().prefix(TEMPORARY_PREFIX).tempfile_in(directory)?;
     write_and_sync(&mut file, bytes)?;
     file.persist_noclobber(path).map_err(|error| error.error)?;
     failpoint::reached("private-file/renamed");
@@ -50,6 +50,11 @@ fn write_and_sync(file: &mut NamedTempFile, bytes: &[u8]) -> io::Result<()> {
     file.write_all(bytes)?;
     failpoint::reached("private-file/written");
     failpoint::sync("private-file/sync", || file.as_file().sync_all())
+}
+
+/// Removes what a process that died was writing in `directory`, if it is there: parts of keys may be in it.
+pub fn remove_unfinished(directory: &Path) -> io::Result<()> {
+    if directory.is_dir() { remove_temporaries(directory).map_err(io::Error::other) } else { Ok(()) }
 }
 
 /// Opens `path` for appending, mode 600, made and fsynced into its directory if missing. On a medium that cannot be written it is

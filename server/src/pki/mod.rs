@@ -181,9 +181,10 @@ impl Authority {
         Self::load(data)
     }
 
-    /// Reads the authority in `data`/pki.
+    /// Reads the authority in `data`/pki, whose lock the caller holds.
     pub fn load(data: &Path) -> Result<Self, PkiError> {
         let directory = data.join("pki");
+        files::remove_unfinished(&directory).map_err(|source| file_error("clean", &directory, source))?;
         let (key_path, certificate_path) = (directory.join("ca.key"), directory.join("ca.crt"));
         if !certificate_path.exists() {
             return Err(PkiError::Missing { directory });
