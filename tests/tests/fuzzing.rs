@@ -81,6 +81,7 @@ targets! {
     s43_certificates_of_any_bytes certificates,
     s43_messages_of_any_bytes messages,
     s43_operations_of_any_bytes operations,
+    s43_any_numbers_in_the_machines machines,
     s43_blocks_of_any_bytes block,
     s43_any_bytes_in_a_genuine_block sealed,
     s43_tree_nodes_of_any_bytes tree,

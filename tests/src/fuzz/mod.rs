@@ -15,6 +15,7 @@ mod configuration;
 mod files;
 mod formats;
 mod keys;
+mod machines;
 pub mod memory;
 pub mod mutations;
 mod restore;
@@ -40,12 +41,13 @@ pub struct Target {
 
 /// All targets, those first in which a fault would be the worst: before anybody has proved who they are, then on the
 /// network, then in what is restored, then in what lies on disk.
-pub const TARGETS: [Target; 25] = [
+pub const TARGETS: [Target; 26] = [
     Target { name: "handshake", run: wire::handshake, bytes_max: 4096, runs: 200_000 },
     Target { name: "frames", run: wire::frames, bytes_max: 4096, runs: 200_000 },
     Target { name: "certificates", run: certificates::certificates, bytes_max: 4096, runs: 100_000 },
     Target { name: "messages", run: wire::messages, bytes_max: 4096, runs: 300_000 },
     Target { name: "operations", run: wire::operations, bytes_max: 4096, runs: 300_000 },
+    Target { name: "machines", run: machines::machines, bytes_max: 1024, runs: 50_000 },
     Target { name: "block", run: formats::block, bytes_max: 4096, runs: 200_000 },
     Target { name: "sealed", run: sealed::sealed, bytes_max: 4096, runs: 30_000 },
     Target { name: "tree", run: formats::tree, bytes_max: 4096, runs: 300_000 },

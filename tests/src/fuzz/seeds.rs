@@ -18,6 +18,7 @@ pub fn of(name: &str) -> anyhow::Result<Vec<Seed>> {
         "frames" => messages::frames()?,
         "messages" => messages::messages()?,
         "operations" => messages::operations()?,
+        "machines" => messages::machines(),
         "certificates" => disk::certificates()?,
         "block" => disk::block()?,
         "sealed" => disk::sealed()?,

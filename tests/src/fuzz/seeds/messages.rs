@@ -241,3 +241,15 @@ pub(super) fn handshake() -> Result<Vec<Seed>> {
         ("refused", wire(1, Message::Refused(Refused::new(RefusalCode::Version, "no")))?),
     ]))
 }
+
+/// Of the target `machines`: steps as a good peer takes them.
+pub(super) fn machines() -> Vec<Seed> {
+    let huge = [&[0xff][..], &u64::MAX.to_le_bytes()].concat();
+    super::named([
+        ("window", vec![0, 0, 1, 2, 3, 0x13, 3, 4, 1, 2, 3, 0, 0, 0x16, 5, 0, 9, 3, 4, 3, 0, 0, 0, 0, 7, 3]),
+        ("window-huge", [&[0, 0, 1, 3, 3, 4][..], &huge, &[0], &huge, &[0, 0]].concat()),
+        ("tracker", vec![1, 0, 1, 3, 5, 2, 4, 63, 9, 8, 7]),
+        ("tracker-huge", [&[1, 0][..], &huge, &[1]].concat()),
+        ("queue", [&[2][..], &[0xff, 0, 0, 16, 0, 0, 0, 0, 0], &[0, 7, 5, 2, 3, 1, 100, 2, 0, 8, 7, 2, 2]].concat()),
+    ])
+}
