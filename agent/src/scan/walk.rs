@@ -163,7 +163,8 @@ impl Walker {
 
     fn rules_of(&self, dir: &Arc<Dir>) -> Option<Rules> {
         let name = self.plan.ignore_file.as_ref()?;
-        let (rules, problems) = Rules::read(dir, name);
+        let above = self.frames.iter().filter_map(|frame| frame.rules.as_ref());
+        let (rules, problems) = Rules::read(dir, name, above);
         for problem in problems {
             let path = String::from_utf8_lossy(&dir.path_of(name)).into_owned();
             tracing::warn!(path, "{problem}");
