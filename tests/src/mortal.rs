@@ -282,7 +282,7 @@ fn unfinished(directory: &Path, found: &mut Vec<PathBuf>) -> Result<()> {
             found.push(path);
         } else if path.is_dir() {
             unfinished(&path, found)?;
-        } else if name.ends_with(".state") && !path.with_extension("pack").exists() {
+        } else if path.extension().is_some_and(|kind| kind == "state") && !path.with_extension("pack").exists() {
             found.push(path);
         }
     }

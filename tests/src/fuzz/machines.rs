@@ -125,6 +125,7 @@ fn gap_tracker(numbers: &mut Numbers<'_>) -> Option<()> {
 /// The server's queue of a restore under any requests and credit: nothing is read that the credit does not cover.
 fn fetch_queue(numbers: &mut Numbers<'_>) -> Option<()> {
     let mut credit = numbers.number()?;
+    let mut granted = 0;
     let mut queue = FetchQueue::new(credit);
     for _ in 0..STEPS_MAX {
         match numbers.byte()? % 4 {
@@ -136,9 +137,10 @@ fn fetch_queue(numbers: &mut Numbers<'_>) -> Option<()> {
                 queue.add(request, &places);
             }
             1 => {
-                let bytes = numbers.number()?;
-                queue.grant(bytes);
-                credit = credit.saturating_add(bytes);
+                let sum: u64 = numbers.number()?;
+                queue.grant(sum);
+                credit = credit.saturating_add(sum.saturating_sub(granted));
+                granted = granted.max(sum);
             }
             step => {
                 let Some(errand) = queue.next_errand() else { continue };
