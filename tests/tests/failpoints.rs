@@ -85,8 +85,11 @@ fn die_everywhere(seed: u64, parts: &[Part]) -> Result<Toll> {
                 if is_long() { (1..=count.min(TIMES_MAX)).collect() } else { vec![1 + life.random.below(count)] };
             for time in times {
                 // Another death in the recovery from it, and another.
-                let again = (0..2).map(|_| format!("{}:1", recovery[life.random.index(recovery.len())]));
-                let sequence: Vec<String> = [format!("{place}:{time}")].into_iter().chain(again).collect();
+                let mut sequence = vec![format!("{place}:{time}")];
+                for _ in 0..2 {
+                    let place = recovery.get(life.random.index(recovery.len())).context("a start reaches nothing")?;
+                    sequence.push(format!("{place}:1"));
+                }
                 // What several threads do is not counted the same each time.
                 if toll.die(&mut life, part, &sequence)? == 0 && time > 1 {
                     toll.die(&mut life, part, &[format!("{place}:1")])?;

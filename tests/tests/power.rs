@@ -288,7 +288,7 @@ fn caught(kind: Kind, failpoints: &str, cuts: u64) -> Result<()> {
         Ok(()) => anyhow::bail!("{cuts} power cuts, and nobody noticed a server with {failpoints}"),
         Err(error) => error,
     };
-    ensure!(error.chain().any(|cause| cause.is::<Lost>()), "not a loss, but: {error:#}");
+    ensure!(error.chain().any(<dyn std::error::Error + 'static>::is::<Lost>), "not a loss, but: {error:#}");
     println!("{failpoints} on {} was caught at cut {}", kind.name(), campaign.cuts);
     Ok(())
 }

@@ -135,6 +135,8 @@ fn neighbours(rig: &Rig, victim: &Victim) -> Result<Vec<Attacker>> {
 }
 
 fn of_the_tenant(rig: &Rig, victim: &Victim) -> Result<Vec<Attacker>> {
+    use SessionKind::{Backup, Restore};
+
     let address = rig.address();
     let name = &victim.target.repository;
     let attacker = |label: &str, fault, keys: &Arc<Keyset>, asks_for, own| -> Result<Attacker> {
@@ -151,7 +153,6 @@ fn of_the_tenant(rig: &Rig, victim: &Victim) -> Result<Vec<Attacker>> {
     let (file, slots) = repository_on_disk(rig.data(), TENANT, "second")?;
     let seconds = Arc::new(keys_of(&second, &file, &slots)?);
 
-    use SessionKind::{Backup, Restore};
     let own = |name: &RepositoryName, keys: &Arc<Keyset>, kind| Some((name.clone(), Arc::clone(keys), kind));
     Ok(vec![
         attacker("keyless", Fault::Keyless, &forged, Backup, None)?,

@@ -111,7 +111,7 @@ fn s01_many_sessions_of_four_streams_are_open_at_once_and_each_stores_over_every
     eprintln!(
         "{count} sessions × {STREAMS} streams in {:.1} s; the server lists {open_now}; {} KiB per session, {} descriptors",
         took.as_secs_f64(),
-        more / count as u64 >> 10,
+        (more / count as u64) >> 10,
         descriptors(server)?,
     );
     ensure!(open_now == count, "{status}");

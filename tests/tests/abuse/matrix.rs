@@ -141,9 +141,8 @@ fn verdict(attacker: &Attacker, door: Door, kind: u16) -> Verdict {
     let has_session_of = |kind| door == Door::Session && attacker.own.as_ref().is_some_and(|(.., own)| *own == kind);
     match kind {
         kinds::PING | kinds::PONG => Alike,
-        kinds::CREDIT if is_control => Alike,
-        // Of the tenant that asks.
-        kinds::GET_STATUS if is_control => Alike,
+        // What is told of a status is of the tenant that asks.
+        kinds::CREDIT | kinds::GET_STATUS if is_control => Alike,
         // In the tenant that asks: it may be there already, from an earlier attempt.
         kinds::CREATE_REPOSITORY if is_control => May,
         kinds::DESCRIBE_REPOSITORY | kinds::LIST_SNAPSHOTS | kinds::FIND_SNAPSHOT

@@ -38,7 +38,7 @@ fn s49_a_server_that_went_back_is_noticed_and_backed_up_to_again() -> Result<()>
     let copy = rig.scratch().join("copy");
     copy_tree(rig.data(), &copy)?;
     rig.start_server()?;
-    fs::write(source.join("new"), [49; 100_000])?;
+    fs::write(source.join("new"), vec![49; 100_000])?;
     // So that the file cache would be believed.
     settle();
     let (second, missing) = backup(&agent, &source)?;
@@ -48,7 +48,7 @@ fn s49_a_server_that_went_back_is_noticed_and_backed_up_to_again() -> Result<()>
     fs::remove_dir_all(rig.data())?;
     copy_tree(&copy, rig.data())?;
     rig.start_server()?;
-    ensure!(agent.snapshots()? == [first.clone()]);
+    ensure!(agent.snapshots()? == std::slice::from_ref(&first));
     let (third, missing) = backup(&agent, &source)?;
     ensure!(missing.as_ref() == Some(&second), "{missing:?} instead of {second}");
     ensure!(agent.snapshots()? == [first.clone(), third.clone()]);
