@@ -84,11 +84,7 @@ impl Actor for GapTracker {
     type Context = Context<Self>;
 
     fn started(&mut self, ctx: &mut Context<Self>) {
-        ctx.run_interval(HOLE_TICK, |tracker, ctx| {
-            // A session that breaks down cannot say that it ends.
-            if !tracker.session.connected() {
-                return ctx.stop();
-            }
+        ctx.run_interval(HOLE_TICK, |tracker, _| {
             let holes = tracker.durable.holes_older_than(clock::now(), HOLE_PATIENCE, limits::RANGES_MAX);
             if !holes.is_empty() {
                 let ranges = holes.into_iter().map(|hole| SequenceRange { start: hole.start, end: hole.end }).collect();

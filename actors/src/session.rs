@@ -102,7 +102,12 @@ pub struct SessionView {
 /// To the registry: forget this session.
 #[derive(actix::Message)]
 #[rtype(result = "()")]
-pub struct SessionEnded(pub SessionId);
+pub struct SessionEnded {
+    /// Which.
+    pub session: SessionId,
+    /// Whether how it ended stands in the catalog. Not so if it broke down on a bug of ours.
+    pub recorded: bool,
+}
 
 /// What a session is made of.
 pub struct SessionSeed {
@@ -471,7 +476,7 @@ impl Actor for Session {
         if let Some(tracker) = self.tracker.take() {
             tracker.do_send(StopTracking);
         }
-        self.seed.registry.do_send(SessionEnded(self.seed.id));
+        self.seed.registry.do_send(SessionEnded { session: self.seed.id, recorded: self.recorded });
     }
 }
 

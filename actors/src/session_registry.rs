@@ -27,9 +27,6 @@ use crate::session::{
 };
 use crate::stream::{JoinGranted, JoinSession};
 
-/// How often it is looked whether every session is still there.
-const LOOK: Duration = Duration::from_secs(1);
-
 /// What sessions are given.
 #[derive(Clone, Debug)]
 pub struct SessionSettings {
@@ -103,8 +100,6 @@ struct Entry {
     /// Counts the sessions of this registry: a smaller one is older.
     number: u64,
     store: Arc<dyn SessionStore>,
-    /// It was gone without a word at the last look.
-    missed: bool,
 }
 
 /// See the module.
@@ -168,7 +163,7 @@ impl SessionRegistry {
         })
         .start();
         self.opened += 1;
-        let entry = Entry { session: session.clone(), peer, token, number: self.opened, store, missed: false };
+        let entry = Entry { session: session.clone(), peer, token, number: self.opened, store };
         if planted::here(Bug::AnswersBeforeItRegisters) {
             ctx.run_later(Duration::from_millis(200), move |registry, _| {
                 registry.sessions.insert(id, entry);
@@ -205,25 +200,15 @@ impl SessionRegistry {
         theirs.into_iter().map(|entry| entry.session.clone()).collect()
     }
 
-    /// Sessions say so when they end. One that has vanished without a word broke down on a bug of ours: nobody else ends
-    /// with it, and its lease must not hold on for ever. Looked at twice, because what it said may be under way.
-    fn bury_the_lost(&mut self, ctx: &mut Context<Self>) {
-        let mut lost = Vec::new();
-        for (id, entry) in &mut self.sessions {
-            if !entry.session.connected() && std::mem::replace(&mut entry.missed, true) {
-                lost.push(*id);
+    /// A session that broke down takes nobody with it. Its lease must not hold on for ever.
+    fn bury(&mut self, id: SessionId, entry: &Entry, ctx: &mut Context<Self>) {
+        error!(session = %id.short(), "the session broke down; other sessions go on");
+        let recording = entry.store.end(Terminal::Failed, "the server broke down in this session".into());
+        ctx.spawn(recording.into_actor(self).map(move |recorded, _, _| {
+            if let Err(fault) = recorded {
+                warn!(session = %id.short(), %fault, "the session's end could not be recorded");
             }
-        }
-        for id in lost {
-            let Some(entry) = self.sessions.remove(&id) else { continue };
-            error!(session = %id.short(), "the session broke down; other sessions go on");
-            let recording = entry.store.end(Terminal::Failed, "the server broke down in this session".into());
-            ctx.spawn(recording.into_actor(self).map(move |recorded, _, _| {
-                if let Err(fault) = recorded {
-                    warn!(session = %id.short(), %fault, "the session's end could not be recorded");
-                }
-            }));
-        }
+        }));
     }
 }
 
@@ -243,10 +228,6 @@ async fn make_room(crowd: Vec<Addr<Session>>) -> Result<(), Refused> {
 
 impl Actor for SessionRegistry {
     type Context = Context<Self>;
-
-    fn started(&mut self, ctx: &mut Context<Self>) {
-        ctx.run_interval(LOOK, Self::bury_the_lost);
-    }
 }
 
 impl Handler<RegisterSession> for SessionRegistry {
@@ -319,8 +300,12 @@ fn gone() -> Refused {
 impl Handler<SessionEnded> for SessionRegistry {
     type Result = ();
 
-    fn handle(&mut self, SessionEnded(id): SessionEnded, _: &mut Context<Self>) {
-        self.sessions.remove(&id);
+    fn handle(&mut self, ended: SessionEnded, ctx: &mut Context<Self>) {
+        let Some(entry) = self.sessions.remove(&ended.session) else { return };
+        // When the server stops, sessions stay open in the catalog and can be resumed.
+        if !ended.recorded && !self.stopping {
+            self.bury(ended.session, &entry, ctx);
+        }
     }
 }
 
