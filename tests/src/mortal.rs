@@ -137,7 +137,7 @@ impl Life {
                 self.revive()?;
                 return Ok(());
             }
-            ensure!(self.revive()?, "the server lives, and: {finished:?}\n{}", self.rig.log());
+            ensure!(self.revive()?, "the server lives, and: {finished:?}\n{}", self.rig.last_words());
         }
     }
 
@@ -187,10 +187,15 @@ impl Life {
             thread::sleep(Duration::from_millis(5));
         }
         self.revive()?;
-        let summary = Summary::at_end_of(backup).with_context(|| format!("the servers:\n{}", self.rig.log()))?;
-        let copy = self.rig.scratch().join(format!("copy-{}", self.lived));
+        let summary = Summary::at_end_of(backup).with_context(|| format!("the servers:\n{}", self.rig.last_words()))?;
+        self.save(summary.snapshot()?, source)
+    }
+
+    /// Takes note of a snapshot that an agent was told of.
+    pub fn save(&mut self, id: String, source: &Path) -> Result<()> {
+        let copy = self.rig.scratch().join(format!("copy-{id}"));
         copy_tree(source, &copy)?;
-        self.saved.push(Saved { id: summary.snapshot()?, source: source.to_owned(), copy });
+        self.saved.push(Saved { id, source: source.to_owned(), copy });
         Ok(())
     }
 

@@ -235,6 +235,13 @@ impl Rig {
         format!("{}{now}", self.past)
     }
 
+    /// The end of [`Self::log`]: what a failing test tells of it.
+    pub fn last_words(&self) -> String {
+        let log = self.log();
+        let lines: Vec<&str> = log.lines().collect();
+        lines.get(lines.len().saturating_sub(30)..).unwrap_or_default().join("\n")
+    }
+
     /// Fails if a server panicked.
     pub fn ensure_no_panic(&self) -> Result<()> {
         let log = self.log();

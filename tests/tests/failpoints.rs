@@ -10,8 +10,8 @@ use std::path::Path;
 use std::thread;
 
 use anyhow::{Context, Result, ensure};
-use strandline_tests::mortal::{Counts, DEATH, Life, Part, Saved};
-use strandline_tests::rig::{PATIENCE, Summary, copy_tree, is_long};
+use strandline_tests::mortal::{Counts, DEATH, Life, Part};
+use strandline_tests::rig::{PATIENCE, Summary, is_long};
 
 /// Deaths of one part at one place, with `STRAND_LONG=1`.
 const TIMES_MAX: u64 = 12;
@@ -177,15 +177,10 @@ fn s29_a_sync_that_fails_anywhere_ends_what_relied_on_it_with_the_reason_and_los
             let mut backup = life.owner.start_backup(&source, &["--streams", "2"])?;
             let status = backup.wait(PATIENCE)?.with_context(|| format!("no end of:\n{}", backup.output()))?;
             backup.ensure_no_panic()?;
-            ensure!(life.rig.server()?.is_running(), "{failing}: the server died of it:\n{}", life.rig.log());
+            ensure!(life.rig.server()?.is_running(), "{failing}: the server died of it:\n{}", life.rig.last_words());
             let said = backup.output();
             match status.code() {
-                Some(0) => {
-                    let copy = life.rig.scratch().join(format!("copy-{}", failing.replace('/', "-")));
-                    copy_tree(&source, &copy)?;
-                    let id = Summary::of(&backup.stdout_text(), said)?.snapshot()?;
-                    life.saved.push(Saved { id, source, copy });
-                }
+                Some(0) => life.save(Summary::of(&backup.stdout_text(), said)?.snapshot()?, &source)?,
                 Some(1) => ensure!(said.contains("no snapshot was made"), "{failing}: {said}"),
                 _ => anyhow::bail!("{failing}: {status}: {said}"),
             }

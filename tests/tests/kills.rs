@@ -134,7 +134,7 @@ fn s06_a_server_killed_while_it_commits_makes_exactly_one_snapshot() -> Result<(
         rig.kill_server();
         rig.start_server()?;
         let summary =
-            Summary::at_end_of(backup).with_context(|| format!("round {round}; the server:\n{}", rig.log()))?;
+            Summary::at_end_of(backup).with_context(|| format!("round {round}; the server:\n{}", rig.last_words()))?;
         let ids = writer.snapshots()?;
         ensure!(ids.len() as u64 == round + 1 && ids.last() == Some(&summary.snapshot()?), "round {round}: {ids:?}");
         rig.ensure_restores(&writer, &summary.snapshot()?, &source, &source)?;

@@ -50,8 +50,8 @@ struct Campaign {
     random: Random,
     saved: Vec<Saved>,
     cuts: u64,
-    /// At the last cut the server lived for a while without its disk: it may have told an agent so.
-    disk_dies: bool,
+    /// At a cut of this round the server lived for a while without its disk: it may have told an agent so.
+    disk_died: bool,
     sources: u64,
 }
 
@@ -70,14 +70,14 @@ impl Campaign {
         rig.stop_server(PATIENCE)?;
         rig.start_server()?;
         let random = Random::new(seed);
-        Ok(Some(Self { disk, rig, writer, reader, random, saved: Vec::new(), cuts: 0, disk_dies: false, sources: 0 }))
+        Ok(Some(Self { disk, rig, writer, reader, random, saved: Vec::new(), cuts: 0, disk_died: false, sources: 0 }))
     }
 
     /// The power goes off and comes back: the server is gone, and so is what was not durable.
     fn cut(&mut self) -> Result<()> {
         self.cuts += 1;
-        self.disk_dies = self.random.percent(30);
-        if self.disk_dies {
+        if self.random.percent(30) {
+            self.disk_died = true;
             // The disk alone at first: everything fails for some time, and nothing may be acknowledged.
             self.disk.cut()?;
             thread::sleep(Duration::from_millis(self.random.below(60)));
@@ -88,7 +88,9 @@ impl Campaign {
         }
         self.rig.kill_server();
         self.disk.restore_power()?;
-        self.rig.start_server().with_context(|| format!("after cut {}; the servers:\n{}", self.cuts, self.rig.log()))
+        self.rig
+            .start_server()
+            .with_context(|| format!("after cut {}; the servers:\n{}", self.cuts, self.rig.last_words()))
     }
 
     fn source(&mut self, files: usize, bytes: usize) -> Result<PathBuf> {
@@ -113,11 +115,11 @@ impl Campaign {
         if said.contains(MISSES) {
             return Err(Lost(format!("acknowledged blocks:\n{said}")).into());
         }
-        let context = || format!("{ended:?}:\n{said}\nthe servers:\n{}", self.rig.log());
+        let context = || format!("{ended:?}:\n{said}\nthe servers:\n{}", self.rig.last_words());
         ensure!(!said.contains("panicked at"), context());
         match ended.and_then(|status| status.code()) {
             Some(0) => self.save(&Summary::of(&backup.stdout_text(), said)?, source),
-            Some(1) if self.disk_dies && said.contains("no snapshot was made") => {
+            Some(1) if self.disk_died && said.contains("no snapshot was made") => {
                 let again = self.writer.backup(source, &[])?;
                 self.save(&again, source)
             }
@@ -227,6 +229,7 @@ impl Campaign {
     }
 
     fn round(&mut self) -> Result<()> {
+        self.disk_died = false;
         if self.saved.len() > SNAPSHOTS_MAX {
             self.while_space_is_freed()?;
         } else {

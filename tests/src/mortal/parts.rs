@@ -28,13 +28,10 @@ impl Life {
             machine.command(&["enroll", &token, "--label", &name])
         })?;
         self.insist(|_| machine.command(&["init"]))?;
-        self.insist(|life| {
-            let mut command = machine.command(&["key", "add", "--new-password-file"])?;
-            let password = life.rig.scratch().join("password");
-            fs::write(&password, "a password that is long enough")?;
-            command.arg(password);
-            Ok(command)
-        })?;
+        let password = self.rig.scratch().join("password");
+        fs::write(&password, "a password that is long enough")?;
+        let password = password.to_str().context("not text")?.to_owned();
+        self.insist(|_| machine.command(&["key", "add", "--new-password-file", &password]))?;
         self.remove_slots(&machine)
     }
 
@@ -50,7 +47,7 @@ impl Life {
                     continue;
                 }
             }
-            ensure!(self.revive()?, "the server lives, and slots cannot be removed:\n{}", self.rig.log());
+            ensure!(self.revive()?, "the server lives, and slots cannot be removed:\n{}", self.rig.last_words());
         }
     }
 
