@@ -35,7 +35,7 @@ pub fn mutated(corpus: &[Vec<u8>], bytes_max: usize, random: &mut Random) -> Vec
 
 fn change(bytes: &mut Vec<u8>, corpus: &[Vec<u8>], random: &mut Random) {
     let at = random.index(bytes.len() + 1);
-    match random.below(9) {
+    match random.below(10) {
         0 => flip(bytes, at, random),
         1 => overwrite(bytes, at, &[u8::try_from(random.below(256)).unwrap_or(0)]),
         2 => {
@@ -62,6 +62,14 @@ fn change(bytes: &mut Vec<u8>, corpus: &[Vec<u8>], random: &mut Random) {
             let end = (at + 1 + random.index(32)).min(bytes.len());
             let piece = bytes.get(at..end).unwrap_or_default().repeat(1 + random.index(4));
             bytes.splice(at..at, piece);
+        }
+        8 => {
+            // A number written in digits, or the place where one could stand.
+            let digits = |bytes: &[u8]| bytes.iter().take_while(|byte| byte.is_ascii_digit()).count();
+            let rest = bytes.get(at..).unwrap_or_default();
+            let start = at + rest.iter().position(u8::is_ascii_digit).unwrap_or(0);
+            let end = start + digits(bytes.get(start..).unwrap_or_default());
+            bytes.splice(start..end, edge(random).to_string().into_bytes());
         }
         _ => {
             let other = corpus.get(random.index(corpus.len())).map(Vec::as_slice).unwrap_or_default();

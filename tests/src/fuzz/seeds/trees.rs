@@ -91,6 +91,12 @@ pub(super) fn tree() -> Vec<Seed> {
         ("content", with(2, content)),
         ("errors", with(0, errors)),
         ("index", with(5, index(ListKind::Directory, &[(2, "a"), (3, "m")]))),
+        ("parent", with(3, directory(vec![below("..", 2)]))),
+        ("itself", with(3, directory(vec![below(".", 2)]))),
+        ("nameless", with(0, directory(vec![inline("", b"")]))),
+        ("slash", with(0, directory(vec![inline("a/b", b"")]))),
+        ("nul", with(0, directory(vec![inline("a\0b", b"")]))),
+        ("parent-index", with(5, index(ListKind::Directory, &[(2, ".."), (3, "m")]))),
         ("pieces", with(9, index(ListKind::Content, &[(2, ""), (3, "")]))),
     ])
 }
@@ -141,6 +147,16 @@ pub(super) fn snapshots() -> Vec<Seed> {
         ("pattern", snapshot(0x40, "/c/*", "", &[leaf.clone(), over_links.clone()])),
         ("exclude", snapshot(0x50, "!*.keep", "", &[leaf.clone(), over_links])),
         ("subpath", snapshot(0x20, "", "deeper/deeper", &[leaf.clone(), deep.clone(), deep.clone()])),
+        ("parent", snapshot(0, "", "", &[leaf.clone(), directory(vec![below("..", 2)])])),
+        (
+            "parents",
+            snapshot(
+                0x44,
+                "",
+                "",
+                &[leaf.clone(), directory(vec![below("outside", 2)]), directory(vec![below("..", 2)])],
+            ),
+        ),
         ("outside", snapshot(0, "", "../outside", &[leaf.clone(), deep])),
         ("twice", snapshot(0x40, "", "", &[leaf, first, second, twice])),
         ("sparse", snapshot(0x28, "", "", &[directory(vec![chunked("b", vec![Hole { offset: 4, bytes: 1 << 20 }])])])),
