@@ -335,5 +335,5 @@ fn what_one_run_holds_in_memory_does_not_depend_on_the_number_of_files() {
         || std::fs::File::open("/proc/self/fd").map(|dir| rustix::fs::Dir::read_from(dir.as_fd()).unwrap().count());
     let before = open().unwrap();
     rig.run(CacheTrust::Trust).assert_equals(rig.source.path());
-    assert!(open().unwrap() < before + 200, "other tests run beside this one, but a leak of 800 would show");
+    assert!(open().unwrap() < before + 600, "other tests run beside this one, but a leak of 800 would show");
 }
