@@ -253,6 +253,12 @@ impl Engine {
         let _one_at_a_time = self.creating.lock().await;
         let key = (tenant.clone(), file.name.clone());
         let exists = || EngineError::AlreadyExists { tenant: tenant.clone(), name: file.name.clone() };
+        if let Some(Entry::Open(there)) = self.repositories.read().get(&key)
+            && *there.file() == file
+        {
+            // A request whose answer was lost comes again.
+            return Ok(Arc::clone(there));
+        }
         let home = self.common.paths.repository(tenant, &file.id);
         if self.repositories.read().contains_key(&key) || home.root().exists() {
             return Err(exists());

@@ -129,20 +129,34 @@ impl Life {
         Ok(true)
     }
 
-    /// Runs a command until it succeeds; it may fail only if the server dies meanwhile.
-    fn insist(&mut self, command: impl Fn(&Self) -> Result<Command>) -> Result<()> {
+    /// Runs a command until it succeeds, or says `done`, because the server died when everything was. It may fail only if the
+    /// server dies meanwhile.
+    fn insist(&mut self, done: Option<&str>, command: impl Fn(&Self) -> Result<Command>) -> Result<()> {
         loop {
-            let finished = process::run(&mut command(self)?, PATIENCE)?;
-            if finished.status.success() {
-                self.revive()?;
+            let mut process = Process::spawn(&mut command(self)?)?;
+            let died = self.keep_alive(&mut process)?;
+            let status = process.wait(PATIENCE)?.with_context(|| format!("no end of:\n{}", process.output()))?;
+            let said = process.output();
+            if status.success() || done.is_some_and(|done| said.contains(done)) {
                 return Ok(());
             }
-            ensure!(self.revive()?, "the server lives, and: {finished:?}\n{}", self.rig.last_words());
+            ensure!(died, "the server lives, and {status}: {said}\n{}", self.rig.last_words());
         }
     }
 
+    /// Starts servers again that die while `process` runs; whether any did.
+    fn keep_alive(&mut self, process: &mut Process) -> Result<bool> {
+        let end = clock::now() + PATIENCE;
+        let mut died = false;
+        while process.is_running() && clock::now() < end {
+            died |= self.revive()?;
+            thread::sleep(Duration::from_millis(5));
+        }
+        Ok(self.revive()? || died)
+    }
+
     fn agent(&mut self, arguments: &[&str]) -> Result<()> {
-        self.insist(|life| life.owner.command(arguments))
+        self.insist(None, |life| life.owner.command(arguments))
     }
 
     /// Runs an administration command that needs no server until it succeeds.
@@ -181,12 +195,7 @@ impl Life {
 
     /// Waits for the end of a backup, with servers that may die.
     fn finish(&mut self, mut backup: Process, source: &Path) -> Result<()> {
-        let end = clock::now() + PATIENCE;
-        while backup.is_running() && clock::now() < end {
-            self.revive()?;
-            thread::sleep(Duration::from_millis(5));
-        }
-        self.revive()?;
+        self.keep_alive(&mut backup)?;
         let summary = Summary::at_end_of(backup).with_context(|| format!("the servers:\n{}", self.rig.last_words()))?;
         self.save(summary.snapshot()?, source)
     }

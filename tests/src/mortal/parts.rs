@@ -23,15 +23,16 @@ impl Life {
         let name = format!("machine-{}", self.lived);
         let machine = self.rig.machine(&name)?.at(&format!("strand://{}/{name}", self.rig.address()));
         // A token may be used up by an attempt whose answer was lost.
-        self.insist(|life| {
+        self.insist(None, |life| {
             let token = life.rig.token()?;
             machine.command(&["enroll", &token, "--label", &name])
         })?;
-        self.insist(|_| machine.command(&["init"]))?;
+        // The key file is written first: a repository that is there is one that can be used.
+        self.insist(Some("exists already"), |_| machine.command(&["init"]))?;
         let password = self.rig.scratch().join("password");
         fs::write(&password, "a password that is long enough")?;
         let password = password.to_str().context("not text")?.to_owned();
-        self.insist(|_| machine.command(&["key", "add", "--new-password-file", &password]))?;
+        self.insist(None, |_| machine.command(&["key", "add", "--new-password-file", &password]))?;
         self.remove_slots(&machine)
     }
 
@@ -73,7 +74,7 @@ impl Life {
         self.start()?;
         self.agent(&["forget", &gone.id])?;
         self.agent(&["prune", "--repack", "--max-unused", "0"])?;
-        self.insist(|life| life.rig.server_command(&["scrub"]))
+        self.insist(None, |life| life.rig.server_command(&["scrub"]))
     }
 
     pub(super) fn stop(&mut self) -> Result<()> {
