@@ -21,6 +21,8 @@ const MIB: u64 = 1 << 20;
 const SNAPSHOTS_MAX: usize = 8;
 /// What the agent says when a commit lacks chunks that were acknowledged, or known, before.
 const MISSES: &str = "the server misses chunks";
+/// What it says when a server that lives without its disk has told it so: of a block, or of the index.
+const TOLD_OF_THE_DISK: [&str; 2] = ["no snapshot was made", "Input/output error"];
 
 /// Something that was acknowledged is not there.
 #[derive(Debug)]
@@ -119,7 +121,7 @@ impl Campaign {
         ensure!(!said.contains("panicked at"), context());
         match ended.and_then(|status| status.code()) {
             Some(0) => self.save(&Summary::of(&backup.stdout_text(), said)?, source),
-            Some(1) if self.disk_died && said.contains("no snapshot was made") => {
+            Some(1) if self.disk_died && TOLD_OF_THE_DISK.iter().any(|told| said.contains(told)) => {
                 let again = self.writer.backup(source, &[])?;
                 self.save(&again, source)
             }
@@ -165,9 +167,14 @@ impl Campaign {
         Ok(fs::remove_dir_all(source)?)
     }
 
+    /// The tree that is backed up again and again.
+    fn changing(&self) -> PathBuf {
+        self.rig.scratch().join("changing")
+    }
+
     /// A cut around a commit: before, in its middle, or right after the agent was told of it.
     fn around_a_commit(&mut self) -> Result<()> {
-        let source = self.rig.scratch().join("changing");
+        let source = self.changing();
         if !source.exists() {
             random_files(&source, 5, 10, 2 << 10)?;
         }
@@ -190,7 +197,13 @@ impl Campaign {
     /// A cut while snapshots are deleted and space is freed. Those that were not to be deleted are untouched.
     fn while_space_is_freed(&mut self) -> Result<()> {
         while self.saved.len() > SNAPSHOTS_MAX / 2 {
-            let gone = self.saved.remove(self.random.index(self.saved.len()));
+            // The file cache of the changing tree rests on its newest snapshot: without that, chunks may be missing that nobody lost.
+            let kept = self.saved.iter().rposition(|saved| saved.source == self.changing());
+            let gone = self.random.index(self.saved.len());
+            if Some(gone) == kept {
+                continue;
+            }
+            let gone = self.saved.remove(gone);
             // What is deleted when the power goes off may be there afterwards, or not.
             self.writer.run(&["forget", &gone.id])?.expect_code(0)?;
             fs::remove_dir_all(gone.copy)?;
