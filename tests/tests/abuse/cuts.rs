@@ -87,6 +87,10 @@ fn lane(seed: u64, wanted: u64, with_stalls: bool) -> Result<Lane> {
         let target = rig.scratch().join(format!("restored-{round}"));
         reader.restore_and_compare("latest", &source, &source, &target).with_context(what)?;
         fs::remove_dir_all(target)?;
+        if round.is_multiple_of(25) {
+            // A long campaign that is cut short has shown something, too.
+            eprintln!("seed {seed}: {} cuts in {round} runs so far", rig.proxy()?.planned_cuts());
+        }
     }
     let cuts = rig.proxy()?.planned_cuts();
     // The network forgets what it holds; then nobody has a socket any more.

@@ -150,6 +150,8 @@ fn s22_s24_a_fleet_on_a_bad_network_and_a_dying_server_leaves_the_server_as_it_w
                     rig.kill_server();
                     rig.start_server()?;
                     (kills, killed) = (kills + 1, clock::now());
+                    let (cuts, backups) = (rig.proxy()?.planned_cuts(), backups.load(Ordering::Relaxed));
+                    eprintln!("{:.0} s: {backups} backups, {cuts} cuts, {kills} kills", began.elapsed().as_secs_f64());
                 }
             }
             Ok(())
