@@ -422,6 +422,11 @@ impl Summary {
         self.value.get(name).and_then(Value::as_u64).with_context(|| format!("no `{name}` in {}", self.value))
     }
 
+    /// The id of the snapshot by which the file cache was made that was used.
+    pub fn parent(&self) -> Option<&str> {
+        self.value.get("parent").and_then(Value::as_str)
+    }
+
     /// The snapshot's id.
     pub fn snapshot(&self) -> Result<String> {
         Ok(self.value.get("snapshot_id").and_then(Value::as_str).context("no snapshot was made")?.to_owned())

@@ -21,8 +21,6 @@ const MIB: u64 = 1 << 20;
 const SNAPSHOTS_MAX: usize = 8;
 /// What the agent says when a commit lacks chunks that were acknowledged, or known, before.
 const MISSES: &str = "the server misses chunks";
-/// What it says when a server that lives without its disk has told it so: of a block, or of the index.
-const TOLD_OF_THE_DISK: [&str; 2] = ["no snapshot was made", "Input/output error"];
 
 /// Something that was acknowledged is not there.
 #[derive(Debug)]
@@ -114,19 +112,26 @@ impl Campaign {
     fn finish(&mut self, mut backup: Process, source: &Path) -> Result<()> {
         let ended = backup.wait(PATIENCE)?;
         let said = backup.output();
-        if said.contains(MISSES) {
-            return Err(Lost(format!("acknowledged blocks:\n{said}")).into());
-        }
         let context = || format!("{ended:?}:\n{said}\nthe servers:\n{}", self.rig.last_words());
         ensure!(!said.contains("panicked at"), context());
         match ended.and_then(|status| status.code()) {
-            Some(0) => self.save(&Summary::of(&backup.stdout_text(), said)?, source),
-            Some(1) if self.disk_died && TOLD_OF_THE_DISK.iter().any(|told| said.contains(told)) => {
+            Some(0) => {}
+            Some(1) if said.contains(MISSES) => return Err(Lost(said).into()),
+            // It was told that the disk fails, and gave up.
+            Some(1) if self.disk_died => {
                 let again = self.writer.backup(source, &[])?;
-                self.save(&again, source)
+                return self.save(&again, source);
             }
             _ => anyhow::bail!(context()),
         }
+        let summary = Summary::of(&backup.stdout_text(), said)?;
+        // What a snapshot needs that was deleted since may be gone; nothing else.
+        let parent = summary.parent();
+        let may_miss = parent.is_some_and(|parent| self.saved.iter().all(|saved| saved.id != parent));
+        if summary.stderr.contains(MISSES) && !may_miss {
+            return Err(Lost(format!("acknowledged blocks:\n{}", summary.stderr)).into());
+        }
+        self.save(&summary, source)
     }
 
     /// Cuts in the middle of a stream of blocks; the running backup ends well.
@@ -167,14 +172,9 @@ impl Campaign {
         Ok(fs::remove_dir_all(source)?)
     }
 
-    /// The tree that is backed up again and again.
-    fn changing(&self) -> PathBuf {
-        self.rig.scratch().join("changing")
-    }
-
     /// A cut around a commit: before, in its middle, or right after the agent was told of it.
     fn around_a_commit(&mut self) -> Result<()> {
-        let source = self.changing();
+        let source = self.rig.scratch().join("changing");
         if !source.exists() {
             random_files(&source, 5, 10, 2 << 10)?;
         }
@@ -197,13 +197,7 @@ impl Campaign {
     /// A cut while snapshots are deleted and space is freed. Those that were not to be deleted are untouched.
     fn while_space_is_freed(&mut self) -> Result<()> {
         while self.saved.len() > SNAPSHOTS_MAX / 2 {
-            // The file cache of the changing tree rests on its newest snapshot: without that, chunks may be missing that nobody lost.
-            let kept = self.saved.iter().rposition(|saved| saved.source == self.changing());
-            let gone = self.random.index(self.saved.len());
-            if Some(gone) == kept {
-                continue;
-            }
-            let gone = self.saved.remove(gone);
+            let gone = self.saved.remove(self.random.index(self.saved.len()));
             // What is deleted when the power goes off may be there afterwards, or not.
             self.writer.run(&["forget", &gone.id])?.expect_code(0)?;
             fs::remove_dir_all(gone.copy)?;
