@@ -707,9 +707,12 @@ async fn a_repository_is_created_once_and_named_in_errors() {
     let engine = open(dir.path()).await;
     let name = "main".parse().unwrap();
     assert!(matches!(engine.repository(&tenant(), &name).await, Err(EngineError::NoSuchRepository { .. })));
-    repository(&engine).await;
-    let again = engine.create_repository(&tenant(), repository_file("main"), Vec::new()).await;
-    assert!(again.unwrap_err().to_string().contains("main"));
+    let made = repository(&engine).await;
+    let again = engine.create_repository(&tenant(), repository_file("main"), Vec::new()).await.unwrap();
+    assert!(Arc::ptr_eq(&made, &again), "a request whose answer was lost comes again");
+    let another = RepositoryV1 { id: RepositoryId([7; 16]), ..repository_file("main") };
+    let refused = engine.create_repository(&tenant(), another, Vec::new()).await;
+    assert!(refused.unwrap_err().to_string().contains("main"));
     let bad_slot = engine
         .create_repository(
             &tenant(),
