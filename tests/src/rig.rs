@@ -235,6 +235,23 @@ impl Rig {
         format!("{}{now}", self.past)
     }
 
+    /// Waits until the log says `words` at least `times` times: a server that has closed a connection says so a moment later.
+    pub fn ensure_logged(&self, words: &str, times: usize) -> Result<()> {
+        let end = clock::now() + PATIENCE;
+        loop {
+            let found = self.log().matches(words).count();
+            if found >= times {
+                return Ok(());
+            }
+            anyhow::ensure!(
+                clock::now() < end,
+                "`{words}` stands {found} times in the log, not {times}:\n{}",
+                self.log()
+            );
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
     /// The end of [`Self::log`]: what a failing test tells of it.
     pub fn last_words(&self) -> String {
         let log = self.log();

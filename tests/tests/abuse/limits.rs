@@ -118,8 +118,7 @@ fn s43_frames_that_claim_too_much_end_their_connection_before_they_come() -> Res
         let heard = raw.hear()?;
         ensure!(matches!(heard, Heard::End(_)), "{kind:#06x} of {len} bytes: {heard:?}");
     }
-    let log = rig.log();
-    ensure!(log.matches("refused").count() >= 2 * frames.len() + 2, "not all of it is logged:\n{log}");
+    rig.ensure_logged("refused", 2 * frames.len() + 2)?;
     agent.snapshots()?;
     rig.ensure_no_panic()
 }

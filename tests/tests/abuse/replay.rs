@@ -126,14 +126,13 @@ fn s47_tls_1_2_plain_text_and_other_protocols_get_an_alert_at_most() -> Result<(
     const PROTOCOL_VERSION: u8 = 70;
     let rig = Rig::direct()?;
     let agent = rig.owner("agent")?;
-    let refused = || rig.log().matches("connection refused").count();
     let answer = answer_to(rig.address(), &client_hello_of_tls_1_2())?;
     ensure!(answer.first() == Some(&21) && answer.last() == Some(&PROTOCOL_VERSION), "no alert: {answer:?}");
     for said in [&b"GET / HTTP/1.1\r\n\r\n"[..], b"SSH-2.0-x\r\n", &[0; 64], &[0xff; 9000]] {
         let answer = answer_to(rig.address(), said)?;
         ensure!(answer.len() < 16 && answer.first().is_none_or(|byte| *byte == 21), "{answer:?}");
     }
-    ensure!(refused() == 5, "{} of 5 are logged", refused());
+    rig.ensure_logged("connection refused", 5)?;
     // With and without a certificate, no protocol that the server does not speak is spoken.
     let papers = papers_of(&agent, rig.address())?;
     for papers in [&papers, &no_papers(&agent, rig.address())?] {

@@ -53,7 +53,7 @@ fn s49_a_server_that_went_back_is_noticed_and_backed_up_to_again() -> Result<()>
     ensure!(missing.as_ref() == Some(&second), "{missing:?} instead of {second}");
     ensure!(agent.snapshots()? == [first.clone(), third.clone()]);
     agent.restore_and_compare(&third, &source, &source, &rig.scratch().join("restored"))?;
-    ensure!(rig.log().contains("an older state"), "the server's log does not tell:\n{}", rig.log());
+    rig.ensure_logged("an older state", 1)?;
     // It is told once: the next one goes on from here.
     let (_, missing) = backup(&agent, &source)?;
     ensure!(missing.is_none());

@@ -191,8 +191,7 @@ fn s22_mute_connections_displace_one_another_and_not_an_honest_backup() -> Resul
     );
     ensure!(agent.snapshots()?.len() == 10);
     ensure!(memory < (most as u64) * (64 << 10) + (64 << 20), "{memory} bytes more");
-    let log = rig.log();
-    ensure!(log.contains("give way"), "no handshake ever gave way:\n{log}");
+    rig.ensure_logged("give way", 1)?;
     // Those that are held to the end are let go, too.
     sockets::wait_until_none_open(address.port(), SILENCE)?;
     rig.ensure_no_panic()
