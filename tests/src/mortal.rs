@@ -146,9 +146,15 @@ impl Life {
 
     /// Starts servers again that die while `process` runs; whether any did.
     fn keep_alive(&mut self, process: &mut Process) -> Result<bool> {
-        let end = clock::now() + PATIENCE;
         let mut died = false;
+        let end = clock::now() + PATIENCE;
         while process.is_running() && clock::now() < end {
+            died |= self.revive()?;
+            thread::sleep(Duration::from_millis(5));
+        }
+        // A process that dies closes its sockets before it is gone.
+        let end = clock::now() + Duration::from_secs(2);
+        while self.armed && !died && clock::now() < end && !process.is_success()? {
             died |= self.revive()?;
             thread::sleep(Duration::from_millis(5));
         }

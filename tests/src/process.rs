@@ -196,6 +196,11 @@ impl Process {
         matches!(self.child.try_wait(), Ok(None))
     }
 
+    /// Whether it has ended, and well.
+    pub fn is_success(&mut self) -> Result<bool> {
+        Ok(self.child.try_wait()?.is_some_and(|status| status.success()))
+    }
+
     /// SIGKILL: no warning, no clean-up. Returns when the process is gone.
     pub fn kill(&mut self) {
         let _ = self.child.kill();

@@ -81,12 +81,12 @@ fn s24_s25_a_server_killed_at_any_moment_and_while_it_recovers_comes_back_and_th
     let (wanted, mut kept) = (number("STRAND_KILLS", if is_long() { 2_000 } else { 30 }), Vec::new());
     for round in 0.. {
         let source = rig.scratch().join(format!("source-{round}"));
-        random_files(&source, kills.random.number(), 40, 256 << 10)?;
+        random_files(&source, kills.random.number(), 64, 256 << 10)?;
         let mut backup =
-            writer.start_backup(&source, &["--limit-upload", "16M", "--streams", "3", "--window", "6M"])?;
+            writer.start_backup(&source, &["--limit-upload", "32M", "--streams", "1", "--window", "6M"])?;
         while backup.is_running() && kills.total < wanted {
-            // Some of it is acknowledged mostly: an agent that gets nowhere waits longer and longer before it tries again.
-            let bytes = MIB / 2 + kills.random.below(3 * MIB);
+            // Mostly a block or two are acknowledged: an agent that gets nowhere waits longer and longer before it tries again.
+            let bytes = MIB + kills.random.below(5 * MIB);
             rig.wait_until_sent(&mut backup, bytes)?;
             kills.kill(&mut rig)?;
         }

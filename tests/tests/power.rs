@@ -14,7 +14,9 @@ use anyhow::{Context, Result, ensure};
 use strandline_tests::mounts::{Kind, PowerDisk};
 use strandline_tests::process::Process;
 use strandline_tests::random::Random;
-use strandline_tests::rig::{Agent, PATIENCE, REPOSITORY, Rig, Summary, TENANT, copy_tree, number, random_files};
+use strandline_tests::rig::{
+    Agent, PATIENCE, REPOSITORY, Rig, Summary, TENANT, copy_tree, is_long, number, random_files,
+};
 
 const MIB: u64 = 1 << 20;
 /// With more snapshots than this each deletion leaves half as many.
@@ -310,5 +312,12 @@ fn s05_a_server_that_does_not_sync_its_packs_is_caught() -> Result<()> {
 
 #[test]
 fn s05_a_server_that_does_not_sync_directories_is_caught() -> Result<()> {
-    caught(Kind::Xfs, "directory/sync:0:skip", 20)
+    // Syncing a new file often makes its name durable, too: it may take many cuts until one shows the difference.
+    if !is_long() {
+        println!(
+            "NOT RUN: without STRAND_LONG=1; a unit test of the server's storage sees each directory that is not synced"
+        );
+        return Ok(());
+    }
+    caught(Kind::Xfs, "directory/sync:0:skip", 300)
 }
