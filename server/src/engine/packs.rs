@@ -53,7 +53,7 @@ pub(crate) fn recover(
         files::create_directory(&directory)?;
         files::remove_temporaries(&directory)?;
     }
-    let Listed { packs: numbers, states, next: next_pack } = list_packs(paths)?;
+    let (numbers, next_pack) = list_packs(paths)?;
     let mut packs = BTreeMap::new();
     let mut scanned = HashMap::new();
     let mut recorded = HashMap::new();
@@ -90,40 +90,26 @@ pub(crate) fn recover(
         }
         other => other?,
     };
-    for number in states.into_iter().filter(|number| !packs.contains_key(number) && index.is_dropped(*number)) {
-        // It was removed; a crash left this. Of a pack that is lost it stays: the pack may come back from a copy.
-        pack_state::remove(&paths.pack_state(number))?;
-    }
     // A pack that is gone may be remembered still, and a new one of its number would be taken for it.
     let next_pack = next_pack.max(used.max(index.highest_pack()).saturating_add(1));
     Ok(Recovered { packs: packs.into_values().collect(), index, next_pack, recorded, unsealed, trees })
 }
 
-/// What stands in file names.
-struct Listed {
-    /// The numbers of the packs, ascending.
-    packs: Vec<u32>,
-    /// The numbers of those that have a state file.
-    states: Vec<u32>,
-    /// The first number after all of them.
-    next: u32,
-}
-
-fn list_packs(paths: &RepositoryPaths) -> Result<Listed, EngineError> {
+/// The numbers of the packs, ascending, and the first one after those that stand in file names.
+fn list_packs(paths: &RepositoryPaths) -> Result<(Vec<u32>, u32), EngineError> {
     let directory = paths.packs();
-    let mut listed = Listed { packs: Vec::new(), states: Vec::new(), next: 1 };
+    let mut numbers = Vec::new();
+    let mut next = 1;
     for entry in fs::read_dir(&directory).map_err(StorageError::io("list", &directory))? {
         let name = entry.map_err(StorageError::io("list", &directory))?.file_name();
         let Some((number, extension)) = name.to_str().and_then(pack_number) else { continue };
-        listed.next = listed.next.max(number.saturating_add(1));
-        match extension {
-            "pack" => listed.packs.push(number),
-            "state" => listed.states.push(number),
-            _ => {}
+        next = next.max(number.saturating_add(1));
+        if extension == "pack" {
+            numbers.push(number);
         }
     }
-    listed.packs.sort_unstable();
-    Ok(listed)
+    numbers.sort_unstable();
+    Ok((numbers, next))
 }
 
 enum Opened {

@@ -120,11 +120,6 @@ impl SegmentIndex {
         self.shared.book.lock().covered.last_key_value().map_or(0, |(&pack, _)| pack)
     }
 
-    /// Whether it knows that this pack is gone.
-    pub fn is_dropped(&self, pack: u32) -> bool {
-        self.shared.dropped.read().contains(&pack)
-    }
-
     /// How many segments there are.
     pub fn segment_count(&self) -> usize {
         self.shared.tables().segments.len()
