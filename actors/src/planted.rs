@@ -35,8 +35,6 @@ bugs! {
     ForgetsTheOutcome,
     /// The grace timer goes on after the agent is back (s07).
     KeepsTheGraceTimer,
-    /// A session that nobody needs any more stops while its end is being recorded, and keeps its lease.
-    StopsBeforeItsEndIsRecorded,
     /// Sessions that everybody has left stay for ever.
     NeverExpires,
     /// An agent that never heard the answer to its attachment is refused.
