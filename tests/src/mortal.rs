@@ -85,7 +85,14 @@ impl Life {
         rig.start_server()?;
         let owner = rig.owner("owner")?;
         let repository = format!("{TENANT}/{REPOSITORY}");
-        rig.administer(&["repository", "set", &repository, "undelete=0s", "keep_uncommitted=0s"])?;
+        rig.administer(&[
+            "repository",
+            "set",
+            &repository,
+            "undelete=0s",
+            "keep_uncommitted=0s",
+            "compact_below_percent=100",
+        ])?;
         let random = Random::new(seed);
         Ok(Self { rig, owner, log, random, deaths: VecDeque::new(), armed: false, lived: 0, saved: Vec::new() })
     }

@@ -131,12 +131,6 @@ fn places_in_source() -> Result<BTreeSet<String>> {
 
 #[test]
 fn s24_s25_the_server_dies_at_every_failpoint_and_while_it_recovers_and_nothing_is_lost() -> Result<()> {
-    if !is_long() {
-        println!(
-            "NOT RUN: without STRAND_LONG=1, because a death while a dead pack is removed leaves its state file behind"
-        );
-        return Ok(());
-    }
     let halves = [
         (2401, [Part::Backup, Part::Recover, Part::Stop].as_slice()),
         (2402, &[Part::Initialise, Part::Create, Part::Collect, Part::Rescue]),

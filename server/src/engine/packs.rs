@@ -3,7 +3,7 @@
 //! The index is caught up from footers and chunk tables alone; bodies are read only where a pack has to be scanned. A table
 //! that rotted can at worst hide a chunk, which is then sent again: the digest is compared whenever a block is read.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::FileExt;
@@ -38,6 +38,8 @@ pub(crate) struct Recovered {
     pub unsealed: Vec<PackRange>,
     /// Tree blocks that the index did not hold, or whose flags a crash may have lost, in the order of packs.
     pub trees: Vec<(DomainId, TreeBlock)>,
+    /// Packs that are gone for good, of which the catalog knows nothing of that yet.
+    pub dropped: Vec<u32>,
 }
 
 /// Recovers every pack of a repository and catches its index up. `rows` is what the catalog remembers of the packs; `used` is
@@ -53,11 +55,11 @@ pub(crate) fn recover(
         files::create_directory(&directory)?;
         files::remove_temporaries(&directory)?;
     }
-    let (numbers, next_pack) = list_packs(paths)?;
+    let listed = list_packs(paths)?;
     let mut packs = BTreeMap::new();
     let mut scanned = HashMap::new();
     let mut recorded = HashMap::new();
-    for number in numbers {
+    for &number in &listed.packs {
         let records = pack_state::read(paths, repository, number)?;
         if !records.is_empty() {
             recorded.insert(number, records);
@@ -90,26 +92,60 @@ pub(crate) fn recover(
         }
         other => other?,
     };
+    let files: BTreeSet<u32> = listed.packs.iter().chain(&listed.states).copied().collect();
+    for number in files.into_iter().filter(|&number| index.is_dropped(number)) {
+        remove_pack(paths, number)?;
+        packs.remove(&number);
+        recorded.remove(&number);
+    }
+    let dropped = rows.keys().copied().filter(|&number| index.is_dropped(number)).collect();
     // A pack that is gone may be remembered still, and a new one of its number would be taken for it.
-    let next_pack = next_pack.max(used.max(index.highest_pack()).saturating_add(1));
-    Ok(Recovered { packs: packs.into_values().collect(), index, next_pack, recorded, unsealed, trees })
+    let next_pack = listed.next.max(used.max(index.highest_pack()).saturating_add(1));
+    Ok(Recovered { packs: packs.into_values().collect(), index, next_pack, recorded, unsealed, trees, dropped })
 }
 
-/// The numbers of the packs, ascending, and the first one after those that stand in file names.
-fn list_packs(paths: &RepositoryPaths) -> Result<(Vec<u32>, u32), EngineError> {
+/// Removes a pack that the index knows as dropped, and its state file after it. Whatever a crash leaves of that, the next start
+/// removes.
+pub(crate) fn remove_pack(paths: &RepositoryPaths, number: u32) -> Result<(), StorageError> {
+    let (directory, pack, state) = (paths.packs(), paths.pack(number), paths.pack_state(number));
+    let remove = |path: &Path| match fs::remove_file(path) {
+        // Nothing new is written to a medium that cannot be written, either.
+        Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ReadOnlyFilesystem) => Ok(()),
+        other => other.map_err(StorageError::io("remove", path)),
+    };
+    remove(&pack)?;
+    failpoint::reached("pack/removed");
+    files::sync_directory(&directory)?;
+    remove(&state)?;
+    failpoint::reached("pack-state/removed");
+    Ok(())
+}
+
+/// What the directory of packs holds, by name.
+struct Listed {
+    /// The packs, ascending.
+    packs: Vec<u32>,
+    /// The packs that have a state file.
+    states: Vec<u32>,
+    /// The first number after all of them.
+    next: u32,
+}
+
+fn list_packs(paths: &RepositoryPaths) -> Result<Listed, EngineError> {
     let directory = paths.packs();
-    let mut numbers = Vec::new();
-    let mut next = 1;
+    let mut listed = Listed { packs: Vec::new(), states: Vec::new(), next: 1 };
     for entry in fs::read_dir(&directory).map_err(StorageError::io("list", &directory))? {
         let name = entry.map_err(StorageError::io("list", &directory))?.file_name();
         let Some((number, extension)) = name.to_str().and_then(pack_number) else { continue };
-        next = next.max(number.saturating_add(1));
-        if extension == "pack" {
-            numbers.push(number);
+        listed.next = listed.next.max(number.saturating_add(1));
+        match extension {
+            "pack" => listed.packs.push(number),
+            "state" => listed.states.push(number),
+            _ => {}
         }
     }
-    numbers.sort_unstable();
-    Ok((numbers, next))
+    listed.packs.sort_unstable();
+    Ok(listed)
 }
 
 enum Opened {

@@ -105,7 +105,7 @@ impl Repository {
         let paths = common.paths.repository(&row.tenant, &file.id);
         let rows = common.catalog.packs(row.number).await?;
         common.catalog.revive_all(row.number).await?;
-        let states = common.catalog.block_states(row.number).await?;
+        let mut states = common.catalog.block_states(row.number).await?;
         let used = rows.keys().copied().chain(states.keys().map(|&(pack, _)| pack)).max().unwrap_or(0);
         let (recovered, keeping, decided) = {
             let (common, paths, id) = (Arc::clone(&common), paths.clone(), file.id);
@@ -117,6 +117,10 @@ impl Repository {
             })
             .await?
         };
+        for &pack in &recovered.dropped {
+            common.catalog.forget_pack(row.number, pack).await?;
+        }
+        states.retain(|(pack, _), _| !recovered.dropped.contains(pack));
         let states = BlockStates::new(states, &recovered.recorded);
         let (ops, options) = (Arc::clone(&common.ops), common.writer);
         let id = file.id;

@@ -14,12 +14,9 @@ use strandline_messages::{ChunkId, ChunkKind, DomainId, Sequence, SessionId, Ten
 use super::gc::PartlyDead;
 use super::keeping::Keeping;
 use super::known::{BlockState, BlockStates};
-use super::{Common, EngineError, Lease, on_own_thread};
+use super::{Common, EngineError, Lease, on_own_thread, packs};
 use crate::catalog::repositories::{BlockPlace, RepositoryRow};
-use crate::failpoint;
 use crate::index::{ChunkIndex, Copy};
-use crate::storage::StorageError;
-use crate::storage::files;
 use crate::storage::layout::RepositoryPaths;
 use crate::storage::pack_file::PackInfo;
 use crate::storage::pack_reader::PackReader;
@@ -317,11 +314,7 @@ impl State {
         on_own_thread(move || {
             state.index.drop_pack(number)?;
             state.reader.forget(number);
-            let path = state.paths.pack(number);
-            std::fs::remove_file(&path).map_err(StorageError::io("remove", &path))?;
-            failpoint::reached("pack/removed");
-            files::sync_directory(&state.paths.packs())?;
-            Ok(pack_state::remove(&state.paths.pack_state(number))?)
+            Ok(packs::remove_pack(&state.paths, number)?)
         })
         .await?;
         self.packs.write().remove(&number);

@@ -120,6 +120,11 @@ impl SegmentIndex {
         self.shared.book.lock().covered.last_key_value().map_or(0, |(&pack, _)| pack)
     }
 
+    /// Whether the pack was dropped, durably.
+    pub fn is_dropped(&self, pack: u32) -> bool {
+        self.shared.dropped.read().contains(&pack)
+    }
+
     /// How many segments there are.
     pub fn segment_count(&self) -> usize {
         self.shared.tables().segments.len()

@@ -2,7 +2,6 @@
 
 use std::fs::{self, File};
 use std::io::{self, Write};
-use std::path::Path;
 
 use strandline_messages::RepositoryId;
 use strandline_messages::format::pack_state::{STATE_HEADER_BYTES, STATE_RECORD_BYTES, StateHeaderV1, StateRecordV1};
@@ -63,16 +62,6 @@ pub fn append(
         failpoint::sync("pack-state/sync", || file.sync_data())
     };
     write().map_err(StorageError::io("write", &path))
-}
-
-/// Removes the state file of a pack that is gone.
-pub fn remove(path: &Path) -> Result<(), StorageError> {
-    match fs::remove_file(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-        other => other.map_err(StorageError::io("remove", path))?,
-    }
-    failpoint::reached("pack-state/removed");
-    Ok(())
 }
 
 #[cfg(test)]

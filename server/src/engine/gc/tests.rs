@@ -499,3 +499,31 @@ async fn the_number_of_a_removed_pack_is_not_used_again_by_a_later_start() {
     assert_eq!(site.known(&[1, 101]).await, [true, true]);
     assert_eq!(site.readable(&[1, 101]).await, [true, true]);
 }
+
+#[actix_rt::test]
+async fn a_removal_of_a_pack_that_a_crash_cut_short_is_finished_by_the_next_start() {
+    let mut site = Site::new().await;
+    let only = site.snapshot(100, &[&[1]]).await;
+    site.repository.writer.seal_open().await;
+    let directory = DataPaths::new(site.dir.path()).repository(&tenant(), &REPOSITORY).packs();
+    let infos = site.repository.state.pack_infos();
+    let packs: Vec<_> = infos.iter().map(|info| (info.number, std::fs::read(pack(&directory, info.number)))).collect();
+    site.delete(only).await;
+    assert_eq!(site.gc().await.packs_dropped, 1);
+    // The files are still there, and the catalog's last transaction is not.
+    for (number, bytes) in packs {
+        std::fs::write(pack(&directory, number), bytes.unwrap()).unwrap();
+        std::fs::write(pack(&directory, number).with_extension("state"), b"freed").unwrap();
+    }
+    let (catalog, number) = (&site.repository.state.common.catalog, site.repository.state.number);
+    catalog.record_packs(number, &infos).await.unwrap();
+    let site = site.reopened().await;
+    assert_eq!(site.packs(), 0);
+    assert_eq!(std::fs::read_dir(&directory).unwrap().count(), 0);
+    let (catalog, number) = (&site.repository.state.common.catalog, site.repository.state.number);
+    assert!(catalog.packs(number).await.unwrap().is_empty());
+}
+
+fn pack(directory: &std::path::Path, number: u32) -> std::path::PathBuf {
+    directory.join(format!("{number:08x}.pack"))
+}
