@@ -6,9 +6,9 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::Instant;
 
-use actix::{Actor, AsyncContext, Context, Handler, Recipient, ResponseFuture};
+use actix::{Actor, AsyncContext, Context, Handler, Recipient, ResponseFuture, SpawnHandle};
 use bytes::Bytes;
 use futures_util::FutureExt;
 use strandline_messages::StreamIndex;
@@ -23,8 +23,6 @@ use crate::planted::{self, Bug};
 use crate::runtime::budget::ByteBudget;
 use crate::runtime::clock;
 use crate::stream_pool::{PoolSettings, Reaction, SessionGrant, StreamPool};
-
-const TICK: Duration = Duration::from_millis(100);
 
 /// The session that blocks belong to from now on. Blocks not acknowledged by an earlier one are sent again.
 #[derive(actix::Message, Clone, Debug)]
@@ -82,6 +80,8 @@ pub struct Dispatcher {
     counters: Arc<DispatchCounters>,
     job: Recipient<DispatchFailed>,
     started: bool,
+    /// When it looks again whether a stream is to be connected.
+    retry: Option<(Instant, SpawnHandle)>,
     waiting: Vec<oneshot::Sender<()>>,
     abandoned: bool,
 }
@@ -101,6 +101,7 @@ impl Dispatcher {
             counters,
             job,
             started: false,
+            retry: None,
             waiting: Vec::new(),
             abandoned: false,
         }
@@ -117,6 +118,32 @@ impl Dispatcher {
             self.deal();
         }
         self.finish_when_drained();
+        self.await_retry(ctx);
+        self.count();
+    }
+
+    /// Comes back when the next stream may be connected, if there is work for it.
+    fn await_retry(&mut self, ctx: &mut Context<Self>) {
+        let now = clock::now();
+        let next = if self.has_work() { self.pool.next_retry().filter(|at| *at > now) } else { None };
+        if next == self.retry.map(|(at, _)| at) {
+            return;
+        }
+        if let Some((_, timer)) = self.retry.take() {
+            ctx.cancel_future(timer);
+        }
+        self.retry = next.map(|at| {
+            let pump = |dispatcher: &mut Self, ctx: &mut Context<Self>| {
+                dispatcher.retry = None;
+                dispatcher.pump(ctx);
+            };
+            (at, ctx.run_later(at.saturating_duration_since(now), pump))
+        });
+    }
+
+    fn count(&self) {
+        self.counters.streams.store(self.pool.live().len() as u64, Ordering::Relaxed);
+        self.counters.reconnects.store(self.pool.reconnects(), Ordering::Relaxed);
     }
 
     /// Gives each block to the stream that carries the fewest, of those that have room. A socket takes more than its
@@ -169,7 +196,10 @@ impl Dispatcher {
     fn react(&mut self, reaction: Reaction, ctx: &mut Context<Self>) {
         match reaction {
             Reaction::Nothing => {}
-            Reaction::Ready(_) => self.deal(),
+            Reaction::Ready(_) => {
+                self.deal();
+                self.count();
+            }
             Reaction::Lost(index, reason) => {
                 let orphans = self.window.stream_lost(index);
                 debug!(stream = index.0, orphans, reason, "stream lost; its blocks go to the others");
@@ -186,16 +216,6 @@ impl Dispatcher {
 
 impl Actor for Dispatcher {
     type Context = Context<Self>;
-
-    fn started(&mut self, ctx: &mut Context<Self>) {
-        ctx.run_interval(TICK, |dispatcher, ctx| {
-            if dispatcher.pool.next_retry().is_some_and(|at| at <= clock::now()) {
-                dispatcher.pump(ctx);
-            }
-            dispatcher.counters.streams.store(dispatcher.pool.live().len() as u64, Ordering::Relaxed);
-            dispatcher.counters.reconnects.store(dispatcher.pool.reconnects(), Ordering::Relaxed);
-        });
-    }
 }
 
 impl Handler<UseSession> for Dispatcher {

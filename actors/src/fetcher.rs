@@ -1,11 +1,12 @@
 //! `Fetcher`: the agent's side of a restore session.
 //!
-//! Owns the session's streams and the requests that are not answered in full. Blocks go to whoever asked as they come;
-//! what was on a stream when it died is asked for again. Credit bounds what is under way: it is given back when a block
-//! has been used, so a slow disk slows the server down. It ends when its owner finishes it.
+//! Owns the session's streams and the requests that are not answered in full. Blocks go to whoever asked as they come. The
+//! server says what it handed to which connection: a block that has not come, and whose connection is over, is lost. What is
+//! missing of its request then is asked for again, and its credit is not used. Credit bounds what is under way: it is given
+//! back when a block has been used, so a slow disk slows the server down. It ends when its owner finishes it.
 
 use std::collections::BTreeMap;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use actix::{Actor, ActorFutureExt, Addr, AsyncContext, Context, Handler, ResponseFuture, WrapFuture};
 use bytes::Bytes;
@@ -13,9 +14,9 @@ use futures_util::FutureExt;
 use strandline_messages::limits;
 use strandline_messages::mail::{StreamEvent, StreamFact};
 use strandline_messages::wire::{
-    BlockFrame, Credit, FetchChunks, FetchDone, Message, RefusalCode, Refused, join_ids, split_ids,
+    BlockFrame, Credit, FetchChunks, FetchDone, Message, Receipt, RefusalCode, Refused, join_ids, split_ids,
 };
-use strandline_messages::{ChunkId, SnapshotId};
+use strandline_messages::{ChunkId, Incarnation, SnapshotId, StreamIndex};
 use tokio::sync::oneshot;
 use tracing::{debug, warn};
 
@@ -26,25 +27,24 @@ use crate::runtime::clock;
 use crate::stream_pool::{PoolSettings, Reaction, StreamPool};
 
 const TICK: Duration = Duration::from_millis(100);
-/// After a lost stream: how long nothing may arrive before what is missing is asked for again.
-const QUIET: Duration = Duration::from_secs(2);
 
-/// How often one lost stream may cost a maximal block of credit: more than a socket's buffers hold.
-const REGRANTS_PER_LOSS: u64 = 4;
+/// Takes a request's blocks as they come.
+pub trait BlockTaker: Send {
+    /// A block has come; the same one may come twice after a lost connection. Must not wait: credit bounds how many come.
+    fn take(&mut self, block: Bytes);
+    /// The wanted chunks that no block has held so far, in the order in which they are needed, at most
+    /// `limits::FETCH_IDS_MAX`.
+    fn missing(&self) -> Vec<ChunkId>;
+}
 
-/// Takes a request's blocks as they come. Must not block: credit bounds how many can wait.
-pub type BlockTaker = Box<dyn FnMut(Bytes) + Send>;
-
-/// Fetch blocks that hold these chunks. Answered when all of them have been handed over.
+/// Fetch blocks that hold what the taker misses. Answered when all of them have been handed over.
 #[derive(actix::Message)]
 #[rtype(result = "Result<Fetched, AskError>")]
 pub struct FetchBlocks {
     /// The snapshot that needs them; `None`: whatever the session's own writer domain has.
     pub snapshot: Option<SnapshotId>,
-    /// Wanted ids in the order in which they are needed, at most `limits::FETCH_IDS_MAX`.
-    pub ids: Vec<ChunkId>,
-    /// Takes the blocks; the same block may come twice after a lost connection.
-    pub taker: BlockTaker,
+    /// Takes the blocks.
+    pub taker: Box<dyn BlockTaker>,
 }
 
 /// What could not be fetched.
@@ -63,13 +63,50 @@ pub struct BlockUsed(pub u64);
 
 struct Request {
     snapshot: Option<SnapshotId>,
-    ids: Vec<ChunkId>,
-    taker: BlockTaker,
+    taker: Box<dyn BlockTaker>,
     reply: oneshot::Sender<Result<Fetched, AskError>>,
     arrived: u32,
-    cost: u64,
+    /// How many came over the newest connection of each stream that took part.
+    came_over: BTreeMap<StreamIndex, (Incarnation, u32)>,
     done: Option<FetchDone>,
-    heard: Instant,
+}
+
+impl Request {
+    /// Whether nothing more of it can come: all that was handed to connections that are not over has come.
+    fn is_over(&self, done: &FetchDone, pool: &StreamPool) -> bool {
+        done.carried.iter().all(|carried| {
+            let came = self.came_over.get(&carried.stream);
+            let all_came = came.is_some_and(|&(incarnation, blocks)| {
+                incarnation > carried.incarnation || incarnation == carried.incarnation && blocks >= carried.blocks
+            });
+            all_came || carried.incarnation < pool.over_before(carried.stream)
+        })
+    }
+}
+
+/// What came over one stream, bytes of credit.
+#[derive(Default)]
+struct Lane {
+    incarnation: Incarnation,
+    /// Over its newest connection that anything came over.
+    newest: u64,
+    /// Over those before.
+    earlier: u64,
+}
+
+impl Lane {
+    fn arrived(&mut self, incarnation: Incarnation, cost: u64) {
+        if self.incarnation != incarnation {
+            self.earlier += std::mem::take(&mut self.newest);
+            self.incarnation = incarnation;
+        }
+        self.newest += cost;
+    }
+
+    /// What came over connections before this one.
+    fn received_before(&self, incarnation: Incarnation) -> u64 {
+        if self.incarnation < incarnation { self.earlier + self.newest } else { self.earlier }
+    }
 }
 
 /// See the module.
@@ -85,10 +122,9 @@ pub struct Fetcher {
     in_use: u64,
     of_older_session: u64,
     started: bool,
-    /// Streams lost so far: a request that is not answered in full is asked again only after a loss.
-    losses: u64,
-    /// How often credit that was lost with streams has been granted anew.
-    regrants: u64,
+    /// Whether it looks again soon.
+    ticking: bool,
+    lanes: BTreeMap<StreamIndex, Lane>,
     finishing: Vec<oneshot::Sender<()>>,
 }
 
@@ -105,19 +141,24 @@ impl Fetcher {
             in_use: 0,
             of_older_session: 0,
             started: false,
-            losses: 0,
-            regrants: 0,
+            ticking: false,
+            lanes: BTreeMap::new(),
             finishing: Vec::new(),
         }
     }
 
-    fn ask(&mut self, number: u32, snapshot: Option<SnapshotId>, ids: &[ChunkId], ctx: &mut Context<Self>) {
+    /// Asks for what a request misses, under a number of its own.
+    fn ask(&mut self, request: Request, ctx: &mut Context<Self>) {
+        self.next_request = self.next_request.wrapping_add(1);
+        let number = self.next_request;
+        let snapshot = request.snapshot.unwrap_or(SnapshotId([0; 32]));
+        let ids = join_ids(&request.taker.missing());
+        self.requests.insert(number, request);
         self.wake(ctx);
-        let snapshot = snapshot.unwrap_or(SnapshotId([0; 32]));
-        let fetch = Message::FetchChunks(FetchChunks { request: number, snapshot, ids: join_ids(ids) });
+        let fetch = Message::FetchChunks(FetchChunks { request: number, snapshot, ids });
         let asking = self.control.send(AskServer(fetch));
-        ctx.spawn(asking.into_actor(self).map(move |answer, fetcher, _| match answer {
-            Ok(Ok(Message::FetchDone(done))) => fetcher.done(number, done),
+        ctx.spawn(asking.into_actor(self).map(move |answer, fetcher, ctx| match answer {
+            Ok(Ok(Message::FetchDone(done))) => fetcher.done(number, done, ctx),
             Ok(Ok(other)) => {
                 let text = format!("the server answered FetchChunks with {}", other.name());
                 fetcher.failed(number, AskError::Refused(Refused::new(RefusalCode::Internal, text)));
@@ -133,11 +174,10 @@ impl Fetcher {
         }
     }
 
-    fn done(&mut self, number: u32, done: FetchDone) {
+    fn done(&mut self, number: u32, done: FetchDone, ctx: &mut Context<Self>) {
         if let Some(request) = self.requests.get_mut(&number) {
             request.done = Some(done);
-            request.heard = clock::now();
-            self.finish_if_complete(number);
+            self.settle(number, ctx);
         }
     }
 
@@ -156,75 +196,61 @@ impl Fetcher {
         }
     }
 
-    fn arrived(&mut self, frame: BlockFrame) {
+    fn arrived(&mut self, stream: StreamIndex, incarnation: Incarnation, frame: BlockFrame, ctx: &mut Context<Self>) {
         let number = u32::try_from(frame.sequence.0 >> 32).unwrap_or(u32::MAX);
         let cost = Credit::cost(frame.block.len() as u64);
+        self.lanes.entry(stream).or_default().arrived(incarnation, cost);
+        self.in_use += cost;
         let Some(request) = self.requests.get_mut(&number) else {
-            // It was asked for again in the meantime; its credit has been given back then.
-            return;
+            // Whoever wanted it has given up.
+            return self.used(cost, ctx);
         };
         request.arrived += 1;
-        request.cost += cost;
-        self.in_use += cost;
-        request.heard = clock::now();
-        (request.taker)(frame.block);
-        self.finish_if_complete(number);
+        let came = request.came_over.entry(stream).or_default();
+        let before = if came.0 == incarnation { came.1 } else { 0 };
+        *came = (incarnation, before + 1);
+        request.taker.take(frame.block);
+        self.settle(number, ctx);
     }
 
-    fn finish_if_complete(&mut self, number: u32) {
-        let complete = self
-            .requests
-            .get(&number)
-            .is_some_and(|request| request.done.as_ref().is_some_and(|done| request.arrived >= done.blocks));
-        if complete && let Some(Request { done: Some(done), reply, .. }) = self.requests.remove(&number) {
-            let unknown = split_ids(&done.unknown, limits::FETCH_IDS_MAX).unwrap_or_default();
-            let _ = reply.send(Ok(Fetched { unknown, damage: done.damage }));
-        }
-    }
-
-    /// Blocks that were lost with a stream took their credit with them; without credit the server cannot finish what was
-    /// asked. After a loss, each quiet spell grants one maximal block anew, a few times per lost stream.
-    fn grant_lost_credit(&mut self) {
-        let now = clock::now();
-        let starved =
-            |request: &Request| request.done.is_none() && now.saturating_duration_since(request.heard) >= QUIET;
-        if self.regrants < REGRANTS_PER_LOSS * self.losses
-            && self.requests.values().any(starved)
-            && !planted::here(Bug::LosesCreditWithStreams)
-        {
-            self.regrants += 1;
-            self.granted = self.granted.saturating_add(limits::BLOCK_BYTES_MAX as u64);
-            for request in self.requests.values_mut() {
-                request.heard = now;
-            }
-        }
-    }
-
-    /// Asks again for what was on streams that died.
-    fn ask_again(&mut self, ctx: &mut Context<Self>) {
-        let now = clock::now();
-        if self.losses == 0 || planted::here(Bug::NeverFetchesAgain) {
+    /// Answers a request of which everything has come; asks again for what is missing if the rest cannot come any more.
+    fn settle(&mut self, number: u32, ctx: &mut Context<Self>) {
+        let Some(request) = self.requests.get(&number) else { return };
+        let Some(done) = &request.done else { return };
+        let complete = request.arrived >= done.blocks;
+        if !complete && (planted::here(Bug::NeverFetchesAgain) || !request.is_over(done, &self.pool)) {
             return;
         }
-        self.grant_lost_credit();
-        let stuck = |request: &Request| request.done.is_some() && now.saturating_duration_since(request.heard) >= QUIET;
-        let numbers: Vec<_> =
-            self.requests.iter().filter(|(_, request)| stuck(request)).map(|(number, _)| *number).collect();
-        for number in numbers {
-            let Some(mut request) = self.requests.remove(&number) else { continue };
-            let lost = request.done.take().map_or(0, |done| done.cost.saturating_sub(request.cost));
-            warn!(bytes = lost, "blocks were lost with a stream; fetching them again");
-            if !planted::here(Bug::LosesCreditWithStreams) {
-                // The server said how much: its numbers may be anything.
-                self.granted = self.granted.saturating_add(lost);
-            }
-            self.next_request = self.next_request.wrapping_add(1);
-            let again = self.next_request;
-            let (snapshot, ids) = (request.snapshot, request.ids.clone());
-            self.requests.insert(again, Request { arrived: 0, cost: 0, done: None, heard: now, ..request });
-            self.pay(1);
-            self.ask(again, snapshot, &ids, ctx);
+        let Some(mut request) = self.requests.remove(&number) else { return };
+        let Some(done) = request.done.take() else { return };
+        if complete || request.taker.missing().is_empty() {
+            let unknown = split_ids(&done.unknown, limits::FETCH_IDS_MAX).unwrap_or_default();
+            // Whoever asked may have stopped waiting.
+            let _ = request.reply.send(Ok(Fetched { unknown, damage: done.damage }));
+            return;
         }
+        warn!(blocks = done.blocks - request.arrived, "blocks were lost with a connection; fetching them again");
+        self.ask(Request { arrived: 0, came_over: BTreeMap::new(), ..request }, ctx);
+    }
+
+    /// A connection is over: what it carried of a request and did not bring is lost, and so is the credit that it cost.
+    fn connection_over(&mut self, ctx: &mut Context<Self>) {
+        if !self.requests.is_empty() {
+            self.tell();
+        }
+        let numbers: Vec<_> = self.requests.keys().copied().collect();
+        for number in numbers {
+            self.settle(number, ctx);
+        }
+    }
+
+    fn used(&mut self, cost: u64, ctx: &mut Context<Self>) {
+        self.in_use = self.in_use.saturating_sub(cost);
+        let granted_before = self.of_older_session.min(cost);
+        self.of_older_session -= granted_before;
+        self.granted = self.granted.saturating_add(cost - granted_before);
+        self.pay(1 << 20);
+        self.keep_ticking(ctx);
     }
 
     fn pay(&mut self, least: u64) {
@@ -235,7 +261,26 @@ impl Fetcher {
 
     fn tell(&mut self) {
         self.told = self.granted;
-        self.control.do_send(TellServer(Message::Credit(Credit { granted: self.granted })));
+        let receipt = |stream: StreamIndex| {
+            let over_before = self.pool.over_before(stream);
+            let received = self.lanes.get(&stream).map_or(0, |lane| lane.received_before(over_before));
+            Receipt { stream, over_before, received }
+        };
+        let receipts = self.pool.indexes().map(receipt).collect();
+        self.control.do_send(TellServer(Message::Credit(Credit { granted: self.granted, receipts })));
+    }
+
+    /// Looks after what is not answered and what is not told, again and again while there is any.
+    fn keep_ticking(&mut self, ctx: &mut Context<Self>) {
+        let has_work = !self.requests.is_empty() || self.granted > self.told;
+        if has_work && !std::mem::replace(&mut self.ticking, true) {
+            ctx.run_later(TICK, |fetcher, ctx| {
+                fetcher.ticking = false;
+                fetcher.wake(ctx);
+                fetcher.pay(1);
+                fetcher.keep_ticking(ctx);
+            });
+        }
     }
 
     fn finish_when_closed(&mut self) {
@@ -249,32 +294,25 @@ impl Fetcher {
 
 impl Actor for Fetcher {
     type Context = Context<Self>;
-
-    fn started(&mut self, ctx: &mut Context<Self>) {
-        ctx.run_interval(TICK, |fetcher, ctx| {
-            fetcher.wake(ctx);
-            fetcher.ask_again(ctx);
-            fetcher.pay(1);
-        });
-    }
 }
 
 impl Handler<UseSession> for Fetcher {
     type Result = ();
 
     fn handle(&mut self, UseSession(grant): UseSession, ctx: &mut Context<Self>) {
-        // Another session begins with fresh credit; what the old one had under way is asked for again.
-        if std::mem::replace(&mut self.started, true) {
-            self.losses += 1;
+        let is_another = std::mem::replace(&mut self.started, true);
+        self.pool.adopt(grant);
+        if is_another {
+            // It begins with fresh credit, and counts the blocks of a request from the first. What the old one has answered is
+            // asked for again; what it has not, the control channel asks again by itself.
             (self.granted, self.told) = (0, 0);
             self.of_older_session = self.in_use;
+            self.lanes.clear();
             for request in self.requests.values_mut() {
-                // One that the old session has answered is asked again when nothing comes; nothing of the new credit is lost.
-                request.arrived = 0;
-                request.cost = request.done.as_ref().map_or(0, |done| done.cost);
+                (request.arrived, request.came_over) = (0, BTreeMap::new());
             }
+            self.connection_over(ctx);
         }
-        self.pool.adopt(grant);
         self.wake(ctx);
     }
 }
@@ -308,14 +346,11 @@ impl Handler<DispatchFailed> for Fetcher {
 impl Handler<FetchBlocks> for Fetcher {
     type Result = ResponseFuture<Result<Fetched, AskError>>;
 
-    fn handle(&mut self, FetchBlocks { snapshot, ids, taker }: FetchBlocks, ctx: &mut Context<Self>) -> Self::Result {
-        self.next_request = self.next_request.wrapping_add(1);
-        let number = self.next_request;
+    fn handle(&mut self, FetchBlocks { snapshot, taker }: FetchBlocks, ctx: &mut Context<Self>) -> Self::Result {
         let (reply, answer) = oneshot::channel();
-        let (ids_kept, heard) = (ids.clone(), clock::now());
-        let request = Request { snapshot, ids: ids_kept, taker, reply, arrived: 0, cost: 0, done: None, heard };
-        self.requests.insert(number, request);
-        self.ask(number, snapshot, &ids, ctx);
+        let request = Request { snapshot, taker, reply, arrived: 0, came_over: BTreeMap::new(), done: None };
+        self.ask(request, ctx);
+        self.keep_ticking(ctx);
         async move { answer.await.unwrap_or(Err(AskError::Closed)) }.boxed_local()
     }
 }
@@ -323,13 +358,8 @@ impl Handler<FetchBlocks> for Fetcher {
 impl Handler<BlockUsed> for Fetcher {
     type Result = ();
 
-    fn handle(&mut self, BlockUsed(bytes): BlockUsed, _: &mut Context<Self>) {
-        let cost = Credit::cost(bytes);
-        self.in_use = self.in_use.saturating_sub(cost);
-        let granted_before = self.of_older_session.min(cost);
-        self.of_older_session -= granted_before;
-        self.granted = self.granted.saturating_add(cost - granted_before);
-        self.pay(1 << 20);
+    fn handle(&mut self, BlockUsed(bytes): BlockUsed, ctx: &mut Context<Self>) {
+        self.used(Credit::cost(bytes), ctx);
     }
 }
 
@@ -342,17 +372,20 @@ impl Handler<StreamEvent> for Fetcher {
         match self.pool.handle(&event, clock::now()) {
             Reaction::Lost(index, reason) => {
                 debug!(stream = index.0, reason, "stream lost");
-                self.losses += 1;
+                self.connection_over(ctx);
                 self.wake(ctx);
             }
             Reaction::GaveUp(reason) => self.fail_all(&reason),
-            Reaction::Closed => self.finish_when_closed(),
+            Reaction::Closed => {
+                self.connection_over(ctx);
+                self.finish_when_closed();
+            }
             Reaction::Nothing | Reaction::Ready(_) => {}
         }
         if let StreamFact::Arrived(block) = event.fact
             && is_current
         {
-            self.arrived(block);
+            self.arrived(event.index, event.incarnation, block, ctx);
         }
     }
 }

@@ -307,7 +307,10 @@ impl Session {
                 return Err(Refused::new(RefusalCode::Superseded, "a newer connection has taken this stream's place"));
             }
             // The old connection's late events carry its own incarnation and change nothing any more.
-            Some(known) => known.stream.do_send(DrainStream),
+            Some(known) => {
+                known.stream.do_send(DrainStream);
+                self.fetching.stream_gone(index);
+            }
             None => self.machine.handle(clock::now(), Input::StreamJoined),
         }
         if let Some(tracker) = &self.tracker {
@@ -441,6 +444,11 @@ impl Session {
         }
     }
 
+    /// Whether the event comes from the newest connection of its stream.
+    fn is_current(&self, event: &StreamEvent) -> bool {
+        self.streams.get(&event.index).is_some_and(|known| known.incarnation == event.incarnation)
+    }
+
     fn stream_gone(&mut self, index: StreamIndex, incarnation: Incarnation, ctx: &mut Context<Self>) {
         if self.streams.get(&index).is_none_or(|known| known.incarnation != incarnation) {
             return;
@@ -488,7 +496,7 @@ impl Handler<Ask> for Session {
             return std::future::ready(refused(RefusalCode::Superseded, text)).boxed_local();
         }
         if let Message::Credit(credit) = request {
-            self.fetching.grant(credit.granted);
+            self.fetching.grant(&credit);
             self.pump(ctx);
             return std::future::ready(Message::Credit(credit)).boxed_local();
         }
@@ -500,6 +508,13 @@ impl Handler<AttachControl> for Session {
     type Result = ResponseFuture<Result<Attached, Refused>>;
 
     fn handle(&mut self, request: AttachControl, _: &mut Context<Self>) -> Self::Result {
+        // It ended while nobody was connected: the agent must hear of that now, because nobody will say it again.
+        if self.committed.is_none()
+            && self.machine.ended().is_some()
+            && let Message::Refused(refusal) = self.outcome()
+        {
+            return std::future::ready(Err(refusal)).boxed_local();
+        }
         let Some(incarnation) = self.machine.attach(request.known) else {
             let text = "another connection speaks for this session since: this one is superseded";
             return std::future::ready(Err(Refused::new(RefusalCode::Superseded, text))).boxed_local();
@@ -546,12 +561,14 @@ impl Handler<StreamEvent> for Session {
 
     fn handle(&mut self, event: StreamEvent, ctx: &mut Context<Self>) {
         match &event.fact {
-            StreamFact::Joined => {
-                self.fetching.stream_joined(event.index);
+            StreamFact::Joined if self.is_current(&event) => {
+                self.fetching.stream_joined(event.index, event.incarnation);
                 self.pump(ctx);
             }
             StreamFact::Written(sequence) => {
-                self.fetching.written(event.index, *sequence);
+                if self.is_current(&event) {
+                    self.fetching.written(event.index, *sequence);
+                }
                 self.feed(Input::BlockSent, ctx);
                 self.pump(ctx);
             }
@@ -563,7 +580,7 @@ impl Handler<StreamEvent> for Session {
                 debug!(session = %self.seed.id.short(), stream = event.index.0, clean, "stream closed");
                 self.stream_gone(event.index, event.incarnation, ctx);
             }
-            StreamFact::Acknowledged(_) | StreamFact::Arrived(_) => {}
+            StreamFact::Joined | StreamFact::Acknowledged(_) | StreamFact::Arrived(_) => {}
         }
     }
 }

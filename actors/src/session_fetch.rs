@@ -4,8 +4,8 @@ use std::collections::{BTreeMap, HashMap, VecDeque};
 
 use bytes::Bytes;
 use strandline_messages::mail::SendBlock;
-use strandline_messages::wire::{BlockFrame, FetchDone, Message};
-use strandline_messages::{ChunkId, Sequence, StreamIndex, limits};
+use strandline_messages::wire::{BlockFrame, Credit, FetchDone, Message};
+use strandline_messages::{ChunkId, Incarnation, Sequence, StreamIndex, limits};
 use tokio::sync::oneshot;
 
 use crate::machines::fetch::{Errand, FetchQueue};
@@ -24,6 +24,8 @@ type Located = Vec<(ChunkId, Option<BlockPlace>)>;
 /// What a stream carries.
 #[derive(Clone, Copy, Default)]
 struct Lane {
+    /// Which connection of it.
+    incarnation: Incarnation,
     /// Blocks given to it and not yet written.
     ahead: usize,
     /// When it was last given one, counted in blocks.
@@ -107,9 +109,14 @@ impl Fetching {
         }
     }
 
-    /// The agent has made room for so many bytes in all.
-    pub fn grant(&mut self, granted: u64) {
-        self.queue.grant(granted);
+    /// The agent has made room, or says what came over connections that are over.
+    pub fn grant(&mut self, credit: &Credit) {
+        self.queue.grant(credit.granted);
+        for receipt in &credit.receipts {
+            self.queue.settle(receipt);
+        }
+        let queue = &self.queue;
+        self.lanes.retain(|index, lane| queue.may_carry(*index, lane.incarnation));
     }
 
     /// The next block to read from storage.
@@ -143,9 +150,10 @@ impl Fetching {
         }
         let (errand, block) = self.ready.pop_front()?;
         self.turn += 1;
-        *lane = Lane { ahead: lane.ahead + 1, turn: self.turn };
+        *lane = Lane { ahead: lane.ahead + 1, turn: self.turn, ..*lane };
+        let incarnation = lane.incarnation;
         let sequence = Sequence(u64::from(errand.request) << 32 | u64::from(errand.ordinal));
-        let done = self.queue.handed(&errand);
+        let done = self.queue.handed(&errand, index, incarnation);
         self.tell(done);
         Some((index, SendBlock(BlockFrame { sequence, block })))
     }
@@ -157,9 +165,11 @@ impl Fetching {
         }
     }
 
-    /// A stream may be sent blocks.
-    pub fn stream_joined(&mut self, index: StreamIndex) {
-        self.lanes.insert(index, Lane::default());
+    /// A stream may be sent blocks, unless the agent has called this connection over before it joined.
+    pub fn stream_joined(&mut self, index: StreamIndex, incarnation: Incarnation) {
+        if self.queue.may_carry(index, incarnation) {
+            self.lanes.insert(index, Lane { incarnation, ..Lane::default() });
+        }
     }
 
     /// A stream is gone; the agent asks again for what it did not get.
@@ -200,14 +210,14 @@ mod tests {
         fetching.located(3, wanted(3));
         fetching.located(1, wanted(1));
         assert_eq!(fetching.next_read().map(|errand| errand.request), Some(1));
-        fetching.grant(1 << 20);
+        fetching.grant(&Credit { granted: 1 << 20, receipts: Vec::new() });
         assert_eq!(fetching.next_read().map(|errand| errand.request), Some(2));
     }
 
     #[test]
     fn s06_a_request_that_comes_again_is_served_once_and_answered_to_whoever_asked_last() {
         let mut fetching = Fetching::new(1 << 20);
-        fetching.stream_joined(StreamIndex(0));
+        fetching.stream_joined(StreamIndex(0), Incarnation(1));
         let (lost, _) = oneshot::channel();
         assert!(fetching.ask(1, lost));
         let (second, mut answered) = oneshot::channel();
@@ -227,7 +237,7 @@ mod tests {
     fn streams_that_seem_equally_free_take_turns() {
         let mut fetching = Fetching::new(100 << 20);
         for index in 0..3 {
-            fetching.stream_joined(StreamIndex(index));
+            fetching.stream_joined(StreamIndex(index), Incarnation(1));
         }
         fetching.ask(1, oneshot::channel().0);
         let places = (0..9u32).flat_map(|i| wanted(i << 20));

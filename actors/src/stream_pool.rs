@@ -252,6 +252,19 @@ impl StreamPool {
         self.slots.get(usize::from(event.index.0)).is_some_and(|slot| slot.incarnation == event.incarnation)
     }
 
+    /// All its streams.
+    pub fn indexes(&self) -> impl Iterator<Item = StreamIndex> + use<> {
+        let count = u16::try_from(self.slots.len()).unwrap_or(u16::MAX);
+        (0..count).map(StreamIndex)
+    }
+
+    /// The first connection of a stream that is not over: whatever came before it sends nothing more.
+    pub fn over_before(&self, index: StreamIndex) -> Incarnation {
+        let Some(slot) = self.slots.get(usize::from(index.0)) else { return Incarnation(0) };
+        let over = !matches!(slot.place, Place::Joining(_) | Place::Live(_));
+        Incarnation(slot.incarnation.0.saturating_add(over.into()))
+    }
+
     /// A live stream with room for another block.
     pub fn has_room(&self, index: StreamIndex) -> bool {
         self.slots

@@ -1,7 +1,7 @@
 //! Scenario 43, and 42 for the paths of a restore: hostile bytes for every decoder, without a special build.
 //!
 //! Every target of `strandline_tests::fuzz` decodes its committed corpus and so many seeded mutations of it.
-//! `STRAND_FUZZ_RUNS=N`: N times as many. What a failure prints replays it. Coverage-guided: `tests/fuzz/run`.
+//! `STRAND_FUZZ_RUNS=N`: N mutations for each target. What a failure prints replays it. Coverage-guided: `tests/fuzz/run`.
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests fail their test by panicking")]
 
@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, ensure};
 use strandline_tests::fuzz::{TARGETS, Target, memory, mutations, seeds, target};
 use strandline_tests::random::Random;
+use strandline_tests::rig::number;
 
 /// Bytes of the committed corpus of one target, at most.
 const CORPUS_BYTES_MAX: usize = 64 << 10;
@@ -30,11 +31,6 @@ fn corpus(name: &str) -> Result<Vec<Vec<u8>>> {
     paths.iter().map(|path| Ok(fs::read(path)?)).collect()
 }
 
-/// `STRAND_FUZZ_RUNS`, a multiple of the usual number of mutations.
-fn multiple() -> u64 {
-    std::env::var("STRAND_FUZZ_RUNS").ok().and_then(|text| text.parse().ok()).unwrap_or(1)
-}
-
 fn meter(work: &mut dyn FnMut()) -> u64 {
     allocation_counter::measure(work).bytes_max
 }
@@ -47,7 +43,7 @@ fn fuzz(target: &Target) -> Result<()> {
     for input in &corpus {
         run(target, input);
     }
-    for seed in 0..target.runs * multiple() {
+    for seed in 0..number("STRAND_FUZZ_RUNS", target.runs) {
         let input = mutations::mutated(&corpus, target.bytes_max, &mut Random::new(seed));
         run(target, &input);
     }

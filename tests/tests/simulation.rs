@@ -11,11 +11,11 @@ use strandline_tests::world::plan::{Ending, OneCut, Plan};
 use strandline_tests::world::run::{Report, run, run_plan};
 
 /// Seeds of an ordinary run.
-const SEEDS: u64 = 2000;
+const SEEDS: u64 = 6_000;
 /// Seeds within which a planted bug must be found.
-const SEEDS_FOR_A_BUG: u64 = 1000;
+const SEEDS_FOR_A_BUG: u64 = 5_000;
 /// In an ordinary run, only every so many bytes of a session are cut at.
-const STRIDE: u64 = 257;
+const STRIDE: u64 = 127;
 /// No connection of a session that is cut carries more.
 const SESSION_BYTES: u64 = 80 << 10;
 

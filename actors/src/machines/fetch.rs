@@ -6,9 +6,11 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
-use strandline_messages::ChunkId;
-use strandline_messages::wire::{Credit, FetchDone, join_ids};
+use strandline_messages::wire::{Carried, Credit, FetchDone, Receipt, join_ids};
+use strandline_messages::{ChunkId, Incarnation, StreamIndex};
 
+use super::stream_ledger::StreamLedger;
+use crate::planted::{self, Bug};
 use crate::ports::BlockPlace;
 
 /// A block to read and send.
@@ -26,7 +28,7 @@ pub struct Errand {
 struct Open {
     left: u32,
     sent: u32,
-    cost: u64,
+    carried: BTreeMap<StreamIndex, (Incarnation, u32)>,
     unknown: Vec<ChunkId>,
     damage: String,
 }
@@ -39,12 +41,13 @@ pub struct FetchQueue {
     credit: u64,
     /// The highest sum that the agent has granted.
     granted: u64,
+    handed: StreamLedger,
 }
 
 impl FetchQueue {
     /// Nothing asked for yet; `credit` bytes may be sent.
     pub fn new(credit: u64) -> Self {
-        Self { waiting: VecDeque::new(), open: BTreeMap::new(), credit, granted: 0 }
+        Self { waiting: VecDeque::new(), open: BTreeMap::new(), credit, granted: 0, handed: StreamLedger::default() }
     }
 
     /// Requests that are not answered yet.
@@ -55,7 +58,7 @@ impl FetchQueue {
     /// Takes a request on: where each wanted id is, in order. Gives the answer at once if there is nothing to send.
     pub fn add(&mut self, request: u32, wanted: &[(ChunkId, Option<BlockPlace>)]) -> Option<FetchDone> {
         let mut places = BTreeSet::new();
-        let mut open = Open { left: 0, sent: 0, cost: 0, unknown: Vec::new(), damage: String::new() };
+        let mut open = Open { left: 0, sent: 0, carried: BTreeMap::new(), unknown: Vec::new(), damage: String::new() };
         for (id, place) in wanted {
             match place {
                 None => open.unknown.push(*id),
@@ -78,6 +81,19 @@ impl FetchQueue {
         self.credit = self.credit.saturating_add(more);
     }
 
+    /// What was handed to connections that are over and did not come may be sent beyond the credit.
+    pub fn settle(&mut self, receipt: &Receipt) {
+        let lost = self.handed.settle(receipt);
+        if !planted::here(Bug::LosesCreditWithStreams) {
+            self.credit = self.credit.saturating_add(lost);
+        }
+    }
+
+    /// Whether this connection may be handed blocks.
+    pub fn may_carry(&self, stream: StreamIndex, incarnation: Incarnation) -> bool {
+        self.handed.is_open(stream, incarnation)
+    }
+
     /// The next block to read, if the credit covers it.
     pub fn next_errand(&mut self) -> Option<Errand> {
         let cost = Credit::cost(self.waiting.front()?.place.bytes.into());
@@ -85,12 +101,14 @@ impl FetchQueue {
         self.waiting.pop_front()
     }
 
-    /// The errand's block has been handed to a stream. Gives the request's answer if it was the last.
-    pub fn handed(&mut self, errand: &Errand) -> Option<FetchDone> {
-        let cost = Credit::cost(errand.place.bytes.into());
+    /// The errand's block has been handed to a connection. Gives the request's answer if it was the last.
+    pub fn handed(&mut self, errand: &Errand, stream: StreamIndex, incarnation: Incarnation) -> Option<FetchDone> {
+        self.handed.handed(stream, incarnation, Credit::cost(errand.place.bytes.into()));
         if let Some(open) = self.open.get_mut(&errand.request) {
             open.sent += 1;
-            open.cost += cost;
+            let carried = open.carried.entry(stream).or_default();
+            let before = if carried.0 == incarnation { carried.1 } else { 0 };
+            *carried = (incarnation, before + 1);
         }
         self.finish(errand)
     }
@@ -115,10 +133,15 @@ impl FetchQueue {
 
     fn answer(&mut self, request: u32) -> Option<FetchDone> {
         let open = self.open.remove(&request)?;
+        let carried = |(&stream, &(incarnation, blocks)): (&StreamIndex, &(Incarnation, u32))| Carried {
+            stream,
+            incarnation,
+            blocks,
+        };
         Some(FetchDone {
             request,
             blocks: open.sent,
-            cost: open.cost,
+            carried: open.carried.iter().map(carried).collect(),
             unknown: join_ids(&open.unknown),
             damage: open.damage,
         })
@@ -146,8 +169,8 @@ mod tests {
         let second = queue.next_errand().unwrap();
         assert_eq!((first.ordinal, second.ordinal), (0, 1));
         assert!(queue.next_errand().is_none());
-        assert!(queue.handed(&first).is_none());
-        assert_eq!(queue.handed(&second).unwrap().blocks, 2);
+        assert!(queue.handed(&first, StreamIndex(0), Incarnation(1)).is_none());
+        assert_eq!(queue.handed(&second, StreamIndex(0), Incarnation(1)).unwrap().blocks, 2);
         assert_eq!(queue.open_requests(), 0);
     }
 
@@ -163,6 +186,41 @@ mod tests {
         queue.grant(70_000);
         queue.grant(60_000);
         assert!(queue.next_errand().is_none(), "a sum that comes again grants nothing");
+    }
+
+    #[test]
+    fn what_was_lost_with_a_connection_may_be_sent_again_and_no_more() {
+        let mut queue = FetchQueue::new(140_000);
+        let wanted: Vec<_> = (0..9u32).map(|i| (id(1), place(i * 70_000, 70_000))).collect();
+        queue.add(1, &wanted);
+        let hand = |queue: &mut FetchQueue, incarnation| {
+            let errand = queue.next_errand();
+            errand.map(|errand| queue.handed(&errand, StreamIndex(0), Incarnation(incarnation)))
+        };
+        assert!(hand(&mut queue, 1).is_some() && hand(&mut queue, 1).is_some() && hand(&mut queue, 1).is_none());
+        let receipt = Receipt { stream: StreamIndex(0), over_before: Incarnation(2), received: 70_000 };
+        queue.settle(&receipt);
+        queue.settle(&receipt);
+        assert!(!queue.may_carry(StreamIndex(0), Incarnation(1)) && queue.may_carry(StreamIndex(0), Incarnation(2)));
+        assert!(hand(&mut queue, 2).is_some() && hand(&mut queue, 2).is_none());
+    }
+
+    #[test]
+    fn the_answer_says_what_each_streams_newest_connection_was_handed() {
+        let mut queue = FetchQueue::new(1 << 20);
+        let wanted: Vec<_> = (0..4u32).map(|i| (id(1), place(i * 9, 9))).collect();
+        queue.add(1, &wanted);
+        let handed = [(0, 1), (1, 1), (1, 3), (1, 3)].map(|(stream, incarnation)| {
+            let errand = queue.next_errand().unwrap();
+            queue.handed(&errand, StreamIndex(stream), Incarnation(incarnation))
+        });
+        let carried = |stream, incarnation, blocks| Carried {
+            stream: StreamIndex(stream),
+            incarnation: Incarnation(incarnation),
+            blocks,
+        };
+        let [.., Some(done)] = handed else { panic!("no answer") };
+        assert_eq!((done.blocks, done.carried), (4, vec![carried(0, 1, 1), carried(1, 3, 2)]));
     }
 
     #[test]

@@ -23,3 +23,4 @@ pub mod retention;
 pub mod send_window;
 pub mod session;
 pub mod stream;
+pub mod stream_ledger;

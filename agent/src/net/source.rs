@@ -12,7 +12,7 @@ use bytes::Bytes;
 use crossbeam_channel::{Sender, bounded};
 use parking_lot::{Condvar, Mutex};
 use strandline_actors::control_channel::AskError;
-use strandline_actors::fetcher::{BlockUsed, FetchBlocks, Fetcher};
+use strandline_actors::fetcher::{BlockTaker, BlockUsed, FetchBlocks, Fetcher};
 use strandline_messages::format::block::BlockView;
 use strandline_messages::{BlockDigest, ChunkId, ChunkKind, SnapshotId, limits};
 
@@ -200,6 +200,41 @@ struct Pending {
     blocks: HashSet<BlockDigest>,
 }
 
+/// Passes the blocks of a fetch on to be opened.
+#[derive(Clone)]
+struct Taker {
+    fetch: u64,
+    /// In the order in which they are needed.
+    order: Arc<Vec<ChunkId>>,
+    wanted: Arc<HashSet<ChunkId>>,
+    pending: Arc<Mutex<Pending>>,
+    reader: Sender<Result<Arc<OpenedBlock>, FetchError>>,
+    desk: Arc<Desk>,
+    received: Arc<Mutex<Received>>,
+    fetcher: Addr<Fetcher>,
+}
+
+impl BlockTaker for Taker {
+    fn take(&mut self, block: Bytes) {
+        {
+            let mut received = self.received.lock();
+            received.blocks += 1;
+            received.bytes += block.len() as u64;
+        }
+        if self.pending.lock().note(&block) {
+            let (wanted, reader) = (Arc::clone(&self.wanted), self.reader.clone());
+            self.desk.put(self.fetch, Arrival { block, wanted, reader });
+        } else {
+            self.fetcher.do_send(BlockUsed(block.len() as u64));
+        }
+    }
+
+    fn missing(&self) -> Vec<ChunkId> {
+        let pending = self.pending.lock();
+        self.order.iter().filter(|id| pending.chunks.contains(id)).copied().collect()
+    }
+}
+
 impl Pending {
     /// Notes a block's chunks; whether the block is new. After a lost connection a block may come twice.
     fn note(&mut self, block: &[u8]) -> bool {
@@ -223,37 +258,31 @@ impl ChunkSource for NetworkSource {
         let (reader, fetched) = bounded(wanted.len() + 1);
         let names: Arc<HashSet<ChunkId>> = Arc::new(wanted.iter().copied().collect());
         let pending = Arc::new(Mutex::new(Pending { chunks: names.as_ref().clone(), blocks: HashSet::new() }));
-        let taker = {
-            let (reader, wanted, pending) = (reader.clone(), Arc::clone(&names), Arc::clone(&pending));
-            let (desk, received) = (Arc::clone(&self.blocks.desk), Arc::clone(&self.blocks.received));
-            let fetcher = self.blocks.fetcher.clone();
-            move |block: Bytes| {
-                {
-                    let mut received = received.lock();
-                    received.blocks += 1;
-                    received.bytes += block.len() as u64;
-                }
-                if pending.lock().note(&block) {
-                    desk.put(fetch, Arrival { block, wanted: Arc::clone(&wanted), reader: reader.clone() });
-                } else {
-                    fetcher.do_send(BlockUsed(block.len() as u64));
-                }
-            }
+        let blocks = &self.blocks;
+        let taker = Taker {
+            fetch,
+            order: Arc::new(wanted),
+            wanted: names,
+            pending,
+            reader: reader.clone(),
+            desk: Arc::clone(&blocks.desk),
+            received: Arc::clone(&blocks.received),
+            fetcher: blocks.fetcher.clone(),
         };
-        let (fetcher, snapshot) = (self.blocks.fetcher.clone(), self.snapshot);
-        let fetching = fetcher.send(FetchBlocks { snapshot, ids: wanted, taker: Box::new(taker.clone()) });
+        let (fetcher, snapshot) = (blocks.fetcher.clone(), self.snapshot);
+        let fetching = fetcher.send(FetchBlocks { snapshot, taker: Box::new(taker.clone()) });
         let finishing = async move {
-            let unread = || pending.lock().chunks.iter().copied().collect::<Vec<ChunkId>>();
             let mut fetched = fetching.await.unwrap_or(Err(AskError::Closed));
             if matches!(&fetched, Ok(fetched) if !fetched.damage.is_empty()) {
                 // Between finding a block and reading it the server may have freed it, because another copy is there.
-                let again = FetchBlocks { snapshot, ids: unread(), taker: Box::new(taker) };
+                let again = FetchBlocks { snapshot, taker: Box::new(taker.clone()) };
                 fetched = fetcher.send(again).await.unwrap_or(Err(AskError::Closed));
             }
             let failure = match fetched {
-                Ok(fetched) if !fetched.damage.is_empty() => {
-                    Some(FetchError::Unreadable { reason: fetched.damage.trim().replace('\n', "; "), chunks: unread() })
-                }
+                Ok(fetched) if !fetched.damage.is_empty() => Some(FetchError::Unreadable {
+                    reason: fetched.damage.trim().replace('\n', "; "),
+                    chunks: taker.missing(),
+                }),
                 Ok(fetched) if !fetched.unknown.is_empty() => Some(FetchError::Missing { chunks: fetched.unknown }),
                 Ok(_) => None,
                 Err(error) => Some(lost(error.to_string())),

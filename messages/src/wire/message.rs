@@ -246,8 +246,10 @@ impl Message {
             Self::FetchChunks(m) => ids(&m.ids, limits::FETCH_IDS_MAX),
             Self::FetchDone(m) => {
                 within("damage", m.damage.len(), limits::TEXT_BYTES_MAX)?;
+                within("streams", m.carried.len(), limits::STREAMS_MAX.into())?;
                 ids(&m.unknown, limits::FETCH_IDS_MAX)
             }
+            Self::Credit(m) => within("streams", m.receipts.len(), limits::STREAMS_MAX.into()),
             Self::Enroll(m) => {
                 within("secret", m.secret.len(), limits::TOKEN_BYTES_MAX)?;
                 within("certificate request", m.request.len(), limits::CERTIFICATE_BYTES_MAX)?;

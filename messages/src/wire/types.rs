@@ -344,22 +344,47 @@ pub struct FetchDone {
     pub request: u32,
     /// How many blocks answer it.
     pub blocks: u32,
-    /// What they cost of the credit in all (see [`Credit`]): what did not arrive is granted again.
-    pub cost: u64,
+    /// What each stream was handed of them last. When all of that has come, or its connection is over, no more will.
+    pub carried: Vec<Carried>,
     /// Wanted ids of which there is no copy, 32 bytes each.
     pub unknown: ByteBuf,
     /// Blocks that could not be read, for people; empty if none.
     pub damage: String,
 }
 
-/// The agent has used blocks: so many bytes may be sent since the session began, beyond its first credit.
-///
-/// It is a sum, not a step: it may be lost with a connection, or come twice. A block costs its length, but at least
-/// [`Credit::BLOCK_MIN`] bytes.
+/// What one stream's newest connection, of those that took part, was handed of a request. Earlier ones are over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Carried {
+    /// The stream.
+    pub stream: StreamIndex,
+    /// Which connection of it.
+    pub incarnation: Incarnation,
+    /// How many blocks.
+    pub blocks: u32,
+}
+
+/// The agent has used blocks: so many bytes may be sent since the session began, beyond its first credit, and what was lost
+/// with connections.
+///
+/// All of it are sums, not steps: they may be lost with a connection, or come twice. A block costs its length, but at least
+/// [`Credit::BLOCK_MIN`] bytes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Credit {
     /// Bytes granted in all.
     pub granted: u64,
+    /// What came over connections that are over: the rest of what they were handed is lost, and may be sent beyond.
+    pub receipts: Vec<Receipt>,
+}
+
+/// What an agent got over those connections of a stream that are over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Receipt {
+    /// The stream.
+    pub stream: StreamIndex,
+    /// Its connections before this one are over.
+    pub over_before: Incarnation,
+    /// What the blocks cost that came over them whole, bytes.
+    pub received: u64,
 }
 
 impl Credit {

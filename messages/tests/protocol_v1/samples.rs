@@ -6,11 +6,11 @@ use strandline_messages::wire::manage::{
     SnapshotTags,
 };
 use strandline_messages::wire::{
-    AbortSession, Ack, Attach, Attached, ChunksKnown, Commit, Committed, CreateRepository, Credit, Defer,
+    AbortSession, Ack, Attach, Attached, Carried, ChunksKnown, Commit, Committed, CreateRepository, Credit, Defer,
     DescribeRepository, Enroll, Enrolled, FetchChunks, FetchDone, FindSnapshot, Hello, Join, JoinReason, KeepingRules,
-    ListSnapshots, ListedSnapshot, Message, MissingChunks, OpenSession, Ping, Pong, Purpose, QueryChunks, RefusalCode,
-    Refused, Renew, RepositoryDescribed, RepositoryStatus, Retransmit, SequenceRange, SessionKind, SessionOpened,
-    SessionStatus, SnapshotFate, SnapshotFound, SnapshotsListed, StatusReported,
+    ListSnapshots, ListedSnapshot, Message, MissingChunks, OpenSession, Ping, Pong, Purpose, QueryChunks, Receipt,
+    RefusalCode, Refused, Renew, RepositoryDescribed, RepositoryStatus, Retransmit, SequenceRange, SessionKind,
+    SessionOpened, SessionStatus, SnapshotFate, SnapshotFound, SnapshotsListed, StatusReported,
 };
 use strandline_messages::{
     AgentId, DomainId, Incarnation, RepositoryName, SessionId, SessionToken, SnapshotId, StreamIndex,
@@ -133,11 +133,14 @@ fn session() -> Vec<Message> {
         Message::FetchDone(FetchDone {
             request: 3,
             blocks: 2,
-            cost: 32_768,
+            carried: vec![Carried { stream: StreamIndex(1), incarnation: Incarnation(2), blocks: 2 }],
             unknown: bytes(0xd6, 32),
             damage: "pack 1".into(),
         }),
-        Message::Credit(Credit { granted: 1 << 20 }),
+        Message::Credit(Credit {
+            granted: 1 << 20,
+            receipts: vec![Receipt { stream: StreamIndex(1), over_before: Incarnation(2), received: 16_384 }],
+        }),
     ]
 }
 

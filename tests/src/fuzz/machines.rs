@@ -9,7 +9,7 @@ use strandline_actors::machines::send_window::SendWindow;
 use strandline_actors::ports::BlockPlace;
 use strandline_actors::runtime::clock;
 use strandline_messages::wire::Credit;
-use strandline_messages::{ChunkId, StreamIndex};
+use strandline_messages::{ChunkId, Incarnation, StreamIndex};
 
 use super::memory::within;
 
@@ -148,7 +148,7 @@ fn fetch_queue(numbers: &mut Numbers<'_>) -> Option<()> {
                 let Some(left) = credit.checked_sub(cost) else { panic!("{cost} bytes beyond the credit of {credit}") };
                 credit = left;
                 if step == 2 {
-                    queue.handed(&errand);
+                    queue.handed(&errand, StreamIndex(1), Incarnation(1));
                 } else {
                     queue.failed(&errand, "damaged");
                     credit = credit.saturating_add(cost);

@@ -11,7 +11,7 @@ use strandline_actors::control_channel::{
     AskServer, BeginSession, CloseChannel, ControlChannel, Dispatching, ForgetSession,
 };
 use strandline_actors::dispatcher::FinishDispatch;
-use strandline_actors::fetcher::{BlockUsed, FetchBlocks, Fetcher};
+use strandline_actors::fetcher::{BlockTaker, BlockUsed, FetchBlocks, Fetcher};
 use strandline_messages::ChunkId;
 use strandline_messages::wire::{AbortSession, Message, SessionKind};
 
@@ -39,6 +39,31 @@ pub async fn restore(process: &AgentProcess, ids: &[ChunkId], mut random: Random
     result
 }
 
+/// Looks at the chunks that come, and uses each block up after a while.
+struct Taker {
+    wanted: Vec<ChunkId>,
+    came: Arc<Mutex<BTreeSet<ChunkId>>>,
+    random: Random,
+    user: Addr<Fetcher>,
+}
+
+impl BlockTaker for Taker {
+    fn take(&mut self, block: Bytes) {
+        self.came.lock().extend(chunks_of(&block).unwrap_or_default());
+        let wait = Duration::from_millis(self.random.below(USE_MS));
+        let user = self.user.clone();
+        actix_rt::spawn(async move {
+            tokio::time::sleep(wait).await;
+            user.do_send(BlockUsed(block.len() as u64));
+        });
+    }
+
+    fn missing(&self) -> Vec<ChunkId> {
+        let came = self.came.lock();
+        self.wanted.iter().filter(|id| !came.contains(id)).copied().collect()
+    }
+}
+
 async fn fetch_all(
     control: &Addr<ControlChannel>,
     fetcher: &Addr<Fetcher>,
@@ -55,18 +80,13 @@ async fn fetch_all(
     control.send(begin).await.map_err(|error| error.to_string())?.map_err(|error| error.to_string())?;
     let came: Arc<Mutex<BTreeSet<ChunkId>>> = Arc::default();
     for ids in ids.chunks(FETCH_IDS) {
-        let random = Mutex::new(Random::new(random.number()));
-        let (came, user) = (Arc::clone(&came), fetcher.clone());
-        let taker = move |block: Bytes| {
-            came.lock().extend(chunks_of(&block).unwrap_or_default());
-            let wait = Duration::from_millis(random.lock().below(USE_MS));
-            let user = user.clone();
-            actix_rt::spawn(async move {
-                tokio::time::sleep(wait).await;
-                user.do_send(BlockUsed(block.len() as u64));
-            });
+        let taker = Taker {
+            wanted: ids.to_vec(),
+            came: Arc::clone(&came),
+            random: Random::new(random.number()),
+            user: fetcher.clone(),
         };
-        let fetch = FetchBlocks { snapshot: None, ids: ids.to_vec(), taker: Box::new(taker) };
+        let fetch = FetchBlocks { snapshot: None, taker: Box::new(taker) };
         let fetched = fetcher.send(fetch).await.map_err(|error| error.to_string())?;
         let fetched = fetched.map_err(|error| error.to_string())?;
         if !fetched.damage.is_empty() {

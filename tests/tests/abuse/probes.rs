@@ -80,7 +80,7 @@ fn message(kind: u16, target: &Target, means: &Means) -> Result<Option<Message>>
         kinds::COMMIT => Message::Commit(Commit { manifest: target.manifest.clone().into(), blocks: 0 }),
         kinds::ABORT_SESSION => Message::AbortSession(AbortSession { reason: "because".into() }),
         kinds::FETCH_CHUNKS => Message::FetchChunks(FetchChunks { request: 1, snapshot, ids }),
-        kinds::CREDIT => Message::Credit(Credit { granted: 1 << 20 }),
+        kinds::CREDIT => Message::Credit(Credit { granted: 1 << 20, receipts: Vec::new() }),
         kinds::JOIN => join_message(session, token),
         kinds::ENROLL => Message::Enroll(Enroll {
             secret: token.0.to_vec().into(),
@@ -138,7 +138,7 @@ fn from_the_server(kind: u16, target: &Target) -> Option<Message> {
         kinds::FETCH_DONE => Message::FetchDone(FetchDone {
             request: 1,
             blocks: 0,
-            cost: 0,
+            carried: Vec::new(),
             unknown: Vec::new().into(),
             damage: String::new(),
         }),

@@ -9,11 +9,11 @@ use strandline_messages::wire::manage::{
 };
 use strandline_messages::wire::message::kinds;
 use strandline_messages::wire::{
-    AbortSession, Ack, Attach, Attached, BlockFrame, ChunksKnown, Commit, Committed, CreateRepository, Credit, Defer,
-    DescribeRepository, Enroll, Enrolled, FetchChunks, FetchDone, Frame, FrameHeader, Hello, Join, JoinReason,
+    AbortSession, Ack, Attach, Attached, BlockFrame, Carried, ChunksKnown, Commit, Committed, CreateRepository, Credit,
+    Defer, DescribeRepository, Enroll, Enrolled, FetchChunks, FetchDone, Frame, FrameHeader, Hello, Join, JoinReason,
     KeepingRules, ListSnapshots, ListedSnapshot, Message, MissingChunks, OpenSession, Ping, Pong, Purpose, QueryChunks,
-    RefusalCode, Refused, Renew, RepositoryDescribed, RepositoryStatus, Retransmit, SequenceRange, SessionKind,
-    SessionOpened, SessionStatus, SnapshotsListed, StatusReported, Tag,
+    Receipt, RefusalCode, Refused, Renew, RepositoryDescribed, RepositoryStatus, Retransmit, SequenceRange,
+    SessionKind, SessionOpened, SessionStatus, SnapshotsListed, StatusReported, Tag,
 };
 use strandline_messages::{
     AgentId, DomainId, Incarnation, RepositoryName, Sequence, SessionId, SessionToken, SnapshotId, StreamIndex,
@@ -162,8 +162,17 @@ fn message_samples() -> Result<Vec<Message>> {
         Message::AbortSession(AbortSession { reason: "stop".into() }),
         Message::SessionAborted,
         Message::FetchChunks(FetchChunks { request: 1, snapshot: SnapshotId([0; 32]), ids: bytes(64) }),
-        Message::FetchDone(FetchDone { request: 1, blocks: 2, cost: 3, unknown: bytes(32), damage: "none".into() }),
-        Message::Credit(Credit { granted: 1 << 20 }),
+        Message::FetchDone(FetchDone {
+            request: 1,
+            blocks: 2,
+            carried: vec![Carried { stream: StreamIndex(1), incarnation: Incarnation(1), blocks: 2 }],
+            unknown: bytes(32),
+            damage: "none".into(),
+        }),
+        Message::Credit(Credit {
+            granted: 1 << 20,
+            receipts: vec![Receipt { stream: StreamIndex(1), over_before: Incarnation(2), received: 9 }],
+        }),
         Message::Join(Join {
             session,
             token,
