@@ -142,7 +142,7 @@ impl Dispatcher {
     }
 
     fn count(&self) {
-        self.counters.streams.store(self.pool.live().len() as u64, Ordering::Relaxed);
+        self.counters.streams.store(self.pool.live().count() as u64, Ordering::Relaxed);
         self.counters.reconnects.store(self.pool.reconnects(), Ordering::Relaxed);
     }
 
@@ -158,7 +158,7 @@ impl Dispatcher {
     }
 
     fn least_laden(&self) -> Option<StreamIndex> {
-        let with_room = self.pool.live().into_iter().filter(|index| self.pool.has_room(*index));
+        let with_room = self.pool.live().filter(|index| self.pool.has_room(*index));
         with_room.min_by_key(|index| self.window.in_flight(*index))
     }
 

@@ -14,7 +14,7 @@ use futures_util::FutureExt;
 use strandline_messages::limits;
 use strandline_messages::mail::{StreamEvent, StreamFact};
 use strandline_messages::wire::{
-    BlockFrame, Credit, FetchChunks, FetchDone, Message, Receipt, RefusalCode, Refused, join_ids, split_ids,
+    BlockFrame, Carried, Credit, FetchChunks, FetchDone, Message, Receipt, RefusalCode, Refused, join_ids, split_ids,
 };
 use strandline_messages::{ChunkId, Incarnation, SnapshotId, StreamIndex};
 use tokio::sync::oneshot;
@@ -22,6 +22,7 @@ use tracing::{debug, warn};
 
 use crate::control_channel::{AskError, AskServer, ControlChannel, TellServer};
 use crate::dispatcher::{DispatchFailed, FinishDispatch, LearnDurable, SendAgain, UseSession};
+use crate::machines::stream_ledger::NewestBlocks;
 use crate::planted::{self, Bug};
 use crate::runtime::clock;
 use crate::stream_pool::{PoolSettings, Reaction, StreamPool};
@@ -66,21 +67,15 @@ struct Request {
     taker: Box<dyn BlockTaker>,
     reply: oneshot::Sender<Result<Fetched, AskError>>,
     arrived: u32,
-    /// How many came over the newest connection of each stream that took part.
-    came_over: BTreeMap<StreamIndex, (Incarnation, u32)>,
+    came: NewestBlocks,
     done: Option<FetchDone>,
 }
 
 impl Request {
     /// Whether nothing more of it can come: all that was handed to connections that are not over has come.
     fn is_over(&self, done: &FetchDone, pool: &StreamPool) -> bool {
-        done.carried.iter().all(|carried| {
-            let came = self.came_over.get(&carried.stream);
-            let all_came = came.is_some_and(|&(incarnation, blocks)| {
-                incarnation > carried.incarnation || incarnation == carried.incarnation && blocks >= carried.blocks
-            });
-            all_came || carried.incarnation < pool.over_before(carried.stream)
-        })
+        let over = |carried: &Carried| carried.incarnation < pool.over_before(carried.stream);
+        done.carried.iter().all(|carried| self.came.has(carried) || over(carried))
     }
 }
 
@@ -206,9 +201,7 @@ impl Fetcher {
             return self.used(cost, ctx);
         };
         request.arrived += 1;
-        let came = request.came_over.entry(stream).or_default();
-        let before = if came.0 == incarnation { came.1 } else { 0 };
-        *came = (incarnation, before + 1);
+        request.came.count(stream, incarnation);
         request.taker.take(frame.block);
         self.settle(number, ctx);
     }
@@ -230,7 +223,7 @@ impl Fetcher {
             return;
         }
         warn!(blocks = done.blocks - request.arrived, "blocks were lost with a connection; fetching them again");
-        self.ask(Request { arrived: 0, came_over: BTreeMap::new(), ..request }, ctx);
+        self.ask(Request { arrived: 0, came: NewestBlocks::default(), ..request }, ctx);
     }
 
     /// A connection is over: what it carried of a request and did not bring is lost, and so is the credit that it cost.
@@ -309,7 +302,7 @@ impl Handler<UseSession> for Fetcher {
             self.of_older_session = self.in_use;
             self.lanes.clear();
             for request in self.requests.values_mut() {
-                (request.arrived, request.came_over) = (0, BTreeMap::new());
+                (request.arrived, request.came) = (0, NewestBlocks::default());
             }
             self.connection_over(ctx);
         }
@@ -348,7 +341,7 @@ impl Handler<FetchBlocks> for Fetcher {
 
     fn handle(&mut self, FetchBlocks { snapshot, taker }: FetchBlocks, ctx: &mut Context<Self>) -> Self::Result {
         let (reply, answer) = oneshot::channel();
-        let request = Request { snapshot, taker, reply, arrived: 0, came_over: BTreeMap::new(), done: None };
+        let request = Request { snapshot, taker, reply, arrived: 0, came: NewestBlocks::default(), done: None };
         self.ask(request, ctx);
         self.keep_ticking(ctx);
         async move { answer.await.unwrap_or(Err(AskError::Closed)) }.boxed_local()

@@ -273,11 +273,9 @@ impl StreamPool {
     }
 
     /// Indexes of live streams.
-    pub fn live(&self) -> Vec<StreamIndex> {
-        let is_live = |(index, slot): (usize, &Slot)| {
-            matches!(slot.place, Place::Live(_)).then(|| StreamIndex(u16::try_from(index).unwrap_or(u16::MAX)))
-        };
-        self.slots.iter().enumerate().filter_map(is_live).collect()
+    pub fn live(&self) -> impl Iterator<Item = StreamIndex> {
+        let is_live = |(index, slot): (StreamIndex, &Slot)| matches!(slot.place, Place::Live(_)).then_some(index);
+        self.indexes().zip(&self.slots).filter_map(is_live)
     }
 
     /// Gives a block to a stream that has room.

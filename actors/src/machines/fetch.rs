@@ -6,10 +6,10 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
-use strandline_messages::wire::{Carried, Credit, FetchDone, Receipt, join_ids};
+use strandline_messages::wire::{Credit, FetchDone, Receipt, join_ids};
 use strandline_messages::{ChunkId, Incarnation, StreamIndex};
 
-use super::stream_ledger::StreamLedger;
+use super::stream_ledger::{NewestBlocks, StreamLedger};
 use crate::planted::{self, Bug};
 use crate::ports::BlockPlace;
 
@@ -28,7 +28,7 @@ pub struct Errand {
 struct Open {
     left: u32,
     sent: u32,
-    carried: BTreeMap<StreamIndex, (Incarnation, u32)>,
+    carried: NewestBlocks,
     unknown: Vec<ChunkId>,
     damage: String,
 }
@@ -58,7 +58,8 @@ impl FetchQueue {
     /// Takes a request on: where each wanted id is, in order. Gives the answer at once if there is nothing to send.
     pub fn add(&mut self, request: u32, wanted: &[(ChunkId, Option<BlockPlace>)]) -> Option<FetchDone> {
         let mut places = BTreeSet::new();
-        let mut open = Open { left: 0, sent: 0, carried: BTreeMap::new(), unknown: Vec::new(), damage: String::new() };
+        let mut open =
+            Open { left: 0, sent: 0, carried: NewestBlocks::default(), unknown: Vec::new(), damage: String::new() };
         for (id, place) in wanted {
             match place {
                 None => open.unknown.push(*id),
@@ -106,9 +107,7 @@ impl FetchQueue {
         self.handed.handed(stream, incarnation, Credit::cost(errand.place.bytes.into()));
         if let Some(open) = self.open.get_mut(&errand.request) {
             open.sent += 1;
-            let carried = open.carried.entry(stream).or_default();
-            let before = if carried.0 == incarnation { carried.1 } else { 0 };
-            *carried = (incarnation, before + 1);
+            open.carried.count(stream, incarnation);
         }
         self.finish(errand)
     }
@@ -133,15 +132,10 @@ impl FetchQueue {
 
     fn answer(&mut self, request: u32) -> Option<FetchDone> {
         let open = self.open.remove(&request)?;
-        let carried = |(&stream, &(incarnation, blocks)): (&StreamIndex, &(Incarnation, u32))| Carried {
-            stream,
-            incarnation,
-            blocks,
-        };
         Some(FetchDone {
             request,
             blocks: open.sent,
-            carried: open.carried.iter().map(carried).collect(),
+            carried: open.carried.carried(),
             unknown: join_ids(&open.unknown),
             damage: open.damage,
         })
@@ -150,6 +144,8 @@ impl FetchQueue {
 
 #[cfg(test)]
 mod tests {
+    use strandline_messages::wire::Carried;
+
     use super::*;
 
     #[expect(clippy::unnecessary_wraps, reason = "saves every caller a `Some`")]

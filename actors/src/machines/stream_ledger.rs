@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 
-use strandline_messages::wire::Receipt;
+use strandline_messages::wire::{Carried, Receipt};
 use strandline_messages::{Incarnation, StreamIndex, limits};
 
 #[derive(Debug, Default)]
@@ -18,6 +18,34 @@ struct Account {
     open: BTreeMap<Incarnation, u64>,
     /// Lost in all, bytes.
     lost: u64,
+}
+
+/// How many blocks each stream's newest connection had a part in, of those connections that had any.
+#[derive(Debug, Default)]
+pub struct NewestBlocks(BTreeMap<StreamIndex, (Incarnation, u32)>);
+
+impl NewestBlocks {
+    /// One more over this connection.
+    pub fn count(&mut self, stream: StreamIndex, incarnation: Incarnation) {
+        let newest = self.0.entry(stream).or_default();
+        let before = if newest.0 == incarnation { newest.1 } else { 0 };
+        *newest = (incarnation, before + 1);
+    }
+
+    /// Whether these have all come: as many over this connection, or any over a later one.
+    pub fn has(&self, carried: &Carried) -> bool {
+        self.0.get(&carried.stream).is_some_and(|&newest| newest >= (carried.incarnation, carried.blocks))
+    }
+
+    /// As they are told.
+    pub fn carried(&self) -> Vec<Carried> {
+        let carried = |(&stream, &(incarnation, blocks)): (&StreamIndex, &(Incarnation, u32))| Carried {
+            stream,
+            incarnation,
+            blocks,
+        };
+        self.0.iter().map(carried).collect()
+    }
 }
 
 /// See the module.

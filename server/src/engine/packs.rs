@@ -92,8 +92,8 @@ pub(crate) fn recover(
         }
         other => other?,
     };
-    let files: BTreeSet<u32> = listed.packs.iter().chain(&listed.states).copied().collect();
-    for number in files.into_iter().filter(|&number| index.is_dropped(number)) {
+    let found: BTreeSet<u32> = listed.packs.iter().chain(&listed.states).copied().collect();
+    for number in found.into_iter().filter(|&number| index.is_dropped(number)) {
         remove_pack(paths, number)?;
         packs.remove(&number);
         recorded.remove(&number);
