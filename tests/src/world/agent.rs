@@ -32,8 +32,10 @@ use crate::random::Random;
 
 /// Unacknowledged bytes after which the pipeline waits.
 const WINDOW_BYTES: u64 = 48 << 10;
-/// How often it looks whether it may go on.
+/// How soon it looks whether it may go on, and how long it pauses between looks after a long wait: a stalled connection is
+/// given up after a minute.
 const LOOK: Duration = Duration::from_millis(5);
+const LOOK_MAX: Duration = Duration::from_secs(1);
 /// Ids in one query.
 const QUERY_IDS: usize = 64;
 
@@ -264,8 +266,11 @@ impl Run {
             self.sent_bytes += block.len() as u64;
             self.oracle.sends(self.number, now);
             self.dispatcher.do_send(DispatchBlock(block));
+            let mut waited = Duration::ZERO;
             while self.sent_bytes - self.counters.bytes_durable.load(Ordering::Relaxed) > WINDOW_BYTES {
-                self.or_fate(tokio::time::sleep(LOOK)).await?;
+                let pause = (waited / 20).clamp(LOOK, LOOK_MAX);
+                self.or_fate(tokio::time::sleep(pause)).await?;
+                waited += pause;
             }
             ids = rest;
         }
