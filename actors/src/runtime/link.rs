@@ -14,6 +14,7 @@ use strandline_messages::wire::{Ack, BlockFrame, Frame, FrameDecoder, Message, T
 use tokio::io::{AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadHalf, WriteHalf};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
+use super::buffer::{BlockBuffer, LONG_BYTES_MIN};
 use super::transport::{Connection, LinkError, UploadLimit};
 
 /// Room in a read buffer, bytes.
@@ -104,7 +105,7 @@ impl Link {
         let (reader, writer) = tokio::io::split(connection);
         let (queue, outgoing) = mpsc::channel(QUEUE_FRAMES);
         let (ack, moved) = (Rc::default(), Rc::new(Cell::new(false)));
-        let reading = read(reader, ctx.address(), budget, Rc::clone(&moved));
+        let reading = read(Eye::new(reader, Rc::clone(&moved)), ctx.address(), budget);
         let pen = Pen { writer, limit, moved: Rc::clone(&moved), ack: Rc::clone(&ack) };
         let writing = write(pen, outgoing, ctx.address());
         let halves = [ctx.spawn(actix::fut::wrap_future(reading)), ctx.spawn(actix::fut::wrap_future(writing))];
@@ -150,13 +151,8 @@ impl Link {
     }
 }
 
-async fn read<A: LinkOwner>(
-    mut reader: ReadHalf<Connection>,
-    actor: Addr<A>,
-    budget: Option<Arc<Semaphore>>,
-    moved: Rc<Cell<bool>>,
-) {
-    let ended = read_frames(&mut reader, &actor, budget, &moved).await;
+async fn read<A: LinkOwner>(mut eye: Eye, actor: Addr<A>, budget: Option<Arc<Semaphore>>) {
+    let ended = read_frames(&mut eye, &actor, budget).await;
     actor.do_send(match ended {
         Ok(()) => ReadEnded::InOrder,
         Err(LinkError::Wire(error)) => ReadEnded::Malformed(error.to_string()),
@@ -165,42 +161,83 @@ async fn read<A: LinkOwner>(
 }
 
 async fn read_frames<A: LinkOwner>(
-    reader: &mut ReadHalf<Connection>,
+    eye: &mut Eye,
     actor: &Addr<A>,
     budget: Option<Arc<Semaphore>>,
-    moved: &Cell<bool>,
 ) -> Result<(), LinkError> {
-    let mut buffer = BytesMut::with_capacity(READ_BYTES);
-    let mut decoder = FrameDecoder::default();
-    loop {
-        while let Some(frame) = decoder.next(&mut buffer)? {
-            let permit = match &budget {
-                Some(budget) if frame.kind == kinds::BLOCK => {
-                    let bytes = u32::try_from(frame.body.len()).unwrap_or(u32::MAX);
-                    Some(Arc::clone(budget).acquire_many_owned(bytes).await.map_err(std::io::Error::other)?)
-                }
-                _ => None,
-            };
-            if actor.send(FrameArrived { frame, permit }).await.is_err() {
-                return Ok(());
+    while let Some(frame) = eye.read().await? {
+        let permit = match &budget {
+            Some(budget) if frame.kind == kinds::BLOCK => {
+                let bytes = u32::try_from(frame.body.len()).unwrap_or(u32::MAX);
+                Some(Arc::clone(budget).acquire_many_owned(bytes).await.map_err(std::io::Error::other)?)
             }
+            _ => None,
+        };
+        if actor.send(FrameArrived { frame, permit }).await.is_err() {
+            return Ok(());
         }
-        if !decoder.is_in_body() && buffer.capacity() - buffer.len() < READ_BYTES / 4 {
-            buffer.reserve(READ_BYTES);
-        }
-        if reader.read_buf(&mut buffer).await? == 0 {
-            return if decoder.is_between_frames(&buffer) {
-                Ok(())
-            } else {
-                Err(std::io::Error::new(
-                    std::io::ErrorKind::UnexpectedEof,
-                    "the connection ends in the middle of a frame",
-                )
-                .into())
-            };
-        }
-        moved.set(true);
     }
+    Ok(())
+}
+
+/// The reading half with what has come and is not a whole frame.
+struct Eye {
+    reader: ReadHalf<Connection>,
+    moved: Rc<Cell<bool>>,
+    buffer: BytesMut,
+    decoder: FrameDecoder,
+}
+
+impl Eye {
+    fn new(reader: ReadHalf<Connection>, moved: Rc<Cell<bool>>) -> Self {
+        Self { reader, moved, buffer: BytesMut::with_capacity(READ_BYTES), decoder: FrameDecoder::default() }
+    }
+
+    /// The next frame; `None` after the last one.
+    async fn read(&mut self) -> Result<Option<Frame>, LinkError> {
+        loop {
+            if let Some(frame) = self.decoder.next(&mut self.buffer)? {
+                return Ok(Some(frame));
+            }
+            match self.decoder.awaited_body() {
+                Some(len) if len >= LONG_BYTES_MIN => {
+                    let body = self.read_long_body(len).await?;
+                    if let Some(frame) = self.decoder.complete(body)? {
+                        return Ok(Some(frame));
+                    }
+                    continue;
+                }
+                Some(len) => self.buffer.reserve(len - self.buffer.len()),
+                None if self.buffer.capacity() - self.buffer.len() < READ_BYTES / 4 => self.buffer.reserve(READ_BYTES),
+                None => {}
+            }
+            if self.reader.read_buf(&mut self.buffer).await? == 0 {
+                let is_in_order = self.decoder.is_between_frames(&self.buffer);
+                return if is_in_order { Ok(None) } else { Err(ends_in_a_frame()) };
+            }
+            self.moved.set(true);
+        }
+    }
+
+    /// The rest of the body goes where it stays.
+    async fn read_long_body(&mut self, len: usize) -> Result<Bytes, LinkError> {
+        let mut body = BlockBuffer::with_len(len);
+        let (front, mut rest) = body.split_at_mut(self.buffer.len().min(len));
+        front.copy_from_slice(&self.buffer.split_to(front.len()));
+        while !rest.is_empty() {
+            let read = self.reader.read(rest).await?;
+            if read == 0 {
+                return Err(ends_in_a_frame());
+            }
+            self.moved.set(true);
+            rest = rest.get_mut(read..).unwrap_or_default();
+        }
+        Ok(Bytes::from_owner(body))
+    }
+}
+
+fn ends_in_a_frame() -> LinkError {
+    std::io::Error::new(std::io::ErrorKind::UnexpectedEof, "the connection ends in the middle of a frame").into()
 }
 
 /// The writing half with what it looks at.

@@ -11,6 +11,7 @@ use std::sync::Arc;
 
 use aws_lc_rs::aead::Aad;
 use parking_lot::Mutex;
+use strandline_actors::runtime::buffer::BlockBuffer;
 use strandline_messages::format::block::{BlockView, ChunkRow, Codec, PLAINTEXT_BYTES_MAX, TAG_BYTES};
 use strandline_messages::format::chunk::{REFERENCE_BYTES, Reference};
 use strandline_messages::{BlockDigest, ChunkId, ChunkKind};
@@ -25,10 +26,6 @@ const DATA_KEYS_MAX: usize = 64;
 /// Idle decompression contexts kept: one per thread that opens blocks.
 const DECOMPRESSORS_MAX: usize = 16;
 
-/// Emptied buffers of data blocks kept, so that their memory is neither returned to the system nor scattered. Blocks of trees
-/// are small and stay in caches that count their bytes: they get buffers of their own.
-const BUFFERS_MAX: usize = 6;
-
 /// Opens blocks of one repository. Shared by threads; clones share the caches.
 #[derive(Clone)]
 pub struct Opener {
@@ -40,23 +37,6 @@ struct Shared {
     /// Most recently used last; at most [`DATA_KEYS_MAX`].
     data_keys: Mutex<VecDeque<DataKey>>,
     decompressors: Mutex<Vec<Decompressor<'static>>>,
-    /// At most [`BUFFERS_MAX`].
-    buffers: Mutex<Vec<Vec<u8>>>,
-}
-
-impl Shared {
-    /// Of any length, holding anything.
-    fn buffer(&self, kind: ChunkKind) -> Vec<u8> {
-        let kept = if kind == ChunkKind::Data { self.buffers.lock().pop() } else { None };
-        kept.unwrap_or_default()
-    }
-
-    fn put_back(&self, kind: ChunkKind, buffer: Vec<u8>) {
-        let mut buffers = self.buffers.lock();
-        if kind == ChunkKind::Data && buffers.len() < BUFFERS_MAX {
-            buffers.push(buffer);
-        }
-    }
 }
 
 impl Opener {
@@ -66,7 +46,6 @@ impl Opener {
             keyset: keyset.clone(),
             data_keys: Mutex::new(VecDeque::new()),
             decompressors: Mutex::new(Vec::new()),
-            buffers: Mutex::new(Vec::new()),
         };
         Self { shared: Arc::new(shared) }
     }
@@ -94,18 +73,13 @@ impl Opener {
         let cipher = derived.cipher().ok_or(OpenError::Unwrap { what: "block" })?;
         let wrong_tag = || OpenError::Tag { what: "block" };
         let (ciphertext, tag) = view.body().split_last_chunk::<TAG_BYTES>().ok_or_else(wrong_tag)?;
-        let mut body = self.shared.buffer(header.kind);
-        body.resize(ciphertext.len(), 0);
+        let mut body = BlockBuffer::with_len(ciphertext.len());
         cipher
             .open_separate_gather(zero_nonce(), Aad::from(view.aad()), ciphertext, tag, &mut body)
             .map_err(|_| wrong_tag())?;
         let plaintext = match header.codec {
             Codec::Stored => body,
-            Codec::Zstd => {
-                let plaintext = self.decompress(&body, digest, header.kind)?;
-                self.shared.put_back(header.kind, body);
-                plaintext
-            }
+            Codec::Zstd => self.decompress(&body, digest)?,
         };
         let mut rows = Vec::with_capacity(header.chunks as usize);
         for row in view.rows() {
@@ -135,7 +109,7 @@ impl Opener {
     }
 
     /// Never allocates more than the limit, whatever the frame says or does.
-    fn decompress(&self, body: &[u8], block: BlockDigest, kind: ChunkKind) -> Result<Vec<u8>, OpenError> {
+    fn decompress(&self, body: &[u8], block: BlockDigest) -> Result<BlockBuffer, OpenError> {
         let refused = || OpenError::Decompress { block, max: PLAINTEXT_BYTES_MAX };
         let stated = zstd::zstd_safe::get_frame_content_size(body).map_err(|_| refused())?;
         let capacity = match stated.map(usize::try_from) {
@@ -148,14 +122,9 @@ impl Opener {
             Some(decompressor) => decompressor,
             None => Decompressor::new().map_err(|_| refused())?,
         };
-        let mut plaintext = self.shared.buffer(kind);
-        plaintext.clear();
-        plaintext.reserve(capacity);
-        // The buffer may be larger than what the frame says it needs.
-        let written = decompressor.decompress_to_buffer(body, &mut plaintext).map_err(|_| refused())?;
-        if written > capacity {
-            return Err(refused());
-        }
+        let mut plaintext = BlockBuffer::with_len(capacity);
+        let written = decompressor.decompress_to_buffer(body, &mut *plaintext).map_err(|_| refused())?;
+        plaintext.truncate(written);
         let mut kept = self.shared.decompressors.lock();
         if kept.len() < DECOMPRESSORS_MAX {
             kept.push(decompressor);
@@ -184,7 +153,7 @@ pub struct OpenedBlock {
     kind: ChunkKind,
     digest: BlockDigest,
     rows: Vec<ChunkRow>,
-    plaintext: Vec<u8>,
+    plaintext: BlockBuffer,
     ranges: Vec<Range<usize>>,
     lease: Option<Box<dyn Any + Send + Sync>>,
 }
@@ -203,12 +172,6 @@ pub struct OpenedChunk<'a> {
 impl std::fmt::Debug for OpenedBlock {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "OpenedBlock({}, {} chunks)", self.digest, self.rows.len())
-    }
-}
-
-impl Drop for OpenedBlock {
-    fn drop(&mut self) {
-        self.shared.put_back(self.kind, std::mem::take(&mut self.plaintext));
     }
 }
 

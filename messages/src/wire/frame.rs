@@ -119,8 +119,7 @@ pub struct FrameDecoder {
 impl FrameDecoder {
     /// The next frame of `buffer`, or `None` until more bytes have come.
     ///
-    /// Frames of unknown kinds are skipped unless they are critical. Reserves room for the body as soon as its length is
-    /// known and within its limit.
+    /// Frames of unknown kinds are skipped unless they are critical.
     pub fn next(&mut self, buffer: &mut BytesMut) -> Result<Option<Frame>, WireError> {
         loop {
             let header = match self.header {
@@ -136,24 +135,31 @@ impl FrameDecoder {
             };
             let len = header.len as usize;
             if buffer.len() < len {
-                buffer.reserve(len - buffer.len());
                 return Ok(None);
             }
-            self.header = None;
-            let body = buffer.split_to(len).freeze();
-            if is_known_kind(header.kind) {
-                return Ok(Some(Frame { kind: header.kind, flags: header.flags, body }));
-            }
-            if header.flags & FLAG_CRITICAL != 0 {
-                return Err(WireError::UnknownCritical { kind: header.kind });
+            if let Some(frame) = self.complete(buffer.split_to(len).freeze())? {
+                return Ok(Some(frame));
             }
         }
     }
 
-    /// Whether a frame's header is known and its body not whole: [`FrameDecoder::next`] has made room for the rest of it,
-    /// and more would move what is there.
-    pub fn is_in_body(&self) -> bool {
-        self.header.is_some()
+    /// Length of the body that is not whole yet, if its header has come, bytes. It is within the limit of its kind.
+    ///
+    /// Whoever reads may wait for it in the buffer, or take what the buffer has of it and put it together elsewhere, for
+    /// [`FrameDecoder::complete`].
+    pub fn awaited_body(&self) -> Option<usize> {
+        self.header.map(|header| header.len as usize)
+    }
+
+    /// The frame whose body was awaited, or `None` if its kind is unknown and not critical.
+    pub fn complete(&mut self, body: Bytes) -> Result<Option<Frame>, WireError> {
+        match self.header.take() {
+            Some(FrameHeader { kind, flags, .. }) if is_known_kind(kind) => Ok(Some(Frame { kind, flags, body })),
+            Some(FrameHeader { kind, flags, .. }) if flags & FLAG_CRITICAL != 0 => {
+                Err(WireError::UnknownCritical { kind })
+            }
+            _ => Ok(None),
+        }
     }
 
     /// Whether the stream may end here: not in the middle of a frame.

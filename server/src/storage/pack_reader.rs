@@ -10,9 +10,8 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use parking_lot::Mutex;
-use rustix::buffer::spare_capacity;
 use rustix::fs::Advice;
-use rustix::io::Errno;
+use strandline_actors::runtime::buffer::BlockBuffer;
 use strandline_messages::ChunkId;
 use strandline_messages::format::FormatError;
 use strandline_messages::format::block::{BlockHeaderV1, BlockView, FIXED_HEADER_BYTES, TableRows};
@@ -51,18 +50,13 @@ impl PackReader {
             return Err(damaged(FormatError::Limit { what: "block", found: bytes.into(), max }));
         }
         let file = self.file(pack)?;
-        let mut buffer = Vec::with_capacity(bytes as usize);
-        while buffer.len() < bytes as usize {
-            let place = u64::from(offset) + buffer.len() as u64;
-            match rustix::io::pread(&file, spare_capacity(&mut buffer), place) {
-                Ok(0) => return Err(damaged(FormatError::Truncated { what: "block" })),
-                Ok(_) | Err(Errno::INTR) => {}
-                Err(error) => return Err(StorageError::io("read", &self.paths.pack(pack))(error.into())),
-            }
-        }
-        buffer.truncate(bytes as usize);
+        let mut buffer = BlockBuffer::with_len(bytes as usize);
+        file.read_exact_at(&mut buffer, offset.into()).map_err(|error| match error.kind() {
+            io::ErrorKind::UnexpectedEof => damaged(FormatError::Truncated { what: "block" }),
+            _ => StorageError::io("read", &self.paths.pack(pack))(error),
+        })?;
         BlockView::parse(&buffer).and_then(|view| view.verify_digest()).map_err(damaged)?;
-        Ok(buffer.into())
+        Ok(Bytes::from_owner(buffer))
     }
 
     /// The chunk ids in the table of the block at `offset`, as they stand there: nothing is compared. `None` if they do not make

@@ -30,9 +30,11 @@ fn message_memory(bytes: usize) -> usize {
 pub fn frames(data: &[u8]) {
     let Some((&step, wire)) = data.split_first() else { return };
     let bytes_max = limits::DATA_FRAME_BYTES_MAX + 8 * wire.len() + (64 << 10);
-    let whole = within(bytes_max, || cut(wire, wire.len()));
-    let pieces = within(bytes_max, || cut(wire, usize::from(step)));
+    let whole = within(bytes_max, || cut(wire, wire.len(), usize::MAX));
+    let pieces = within(bytes_max, || cut(wire, usize::from(step), usize::MAX));
     assert_eq!(whole, pieces, "the same bytes in pieces of {step}");
+    let elsewhere = within(bytes_max, || cut(wire, usize::from(step), usize::from(step)));
+    assert_eq!(whole, elsewhere, "the same bytes in pieces of {step}, longer bodies put together elsewhere");
     for frame in whole.0 {
         assert!(is_known_kind(frame.kind), "an unknown kind came out");
         if frame.kind == kinds::BLOCK {
@@ -48,13 +50,28 @@ pub fn frames(data: &[u8]) {
     }
 }
 
-fn cut(wire: &[u8], step: usize) -> (Vec<Frame>, Result<bool, WireError>) {
+/// Bodies of `long` bytes are put together outside of the decoder's buffer, as links do.
+fn cut(wire: &[u8], step: usize, long: usize) -> (Vec<Frame>, Result<bool, WireError>) {
     let (mut decoder, mut buffer, mut frames) = (FrameDecoder::default(), BytesMut::new(), Vec::new());
+    let mut body = Vec::new();
     for piece in wire.chunks(step.max(1)) {
         buffer.extend_from_slice(piece);
         loop {
-            match decoder.next(&mut buffer) {
+            let awaited = decoder.awaited_body().filter(|len| *len >= long);
+            let frame = match awaited {
+                Some(len) => {
+                    body.extend_from_slice(&buffer.split_to(buffer.len().min(len - body.len())));
+                    if body.len() < len {
+                        break;
+                    }
+                    decoder.complete(std::mem::take(&mut body).into())
+                }
+                None => decoder.next(&mut buffer),
+            };
+            match frame {
                 Ok(Some(frame)) => frames.push(frame),
+                // One that is skipped, or whose body is put together from now on.
+                Ok(None) if awaited.is_some() || decoder.awaited_body().is_some_and(|len| len >= long) => {}
                 Ok(None) => break,
                 Err(error) => return (frames, Err(error)),
             }
@@ -98,7 +115,7 @@ pub fn operations(data: &[u8]) {
 /// Memory: what came, not what is only claimed; and what a message may take once it is there.
 pub fn handshake(data: &[u8]) {
     let Some((&side, wire)) = data.split_first() else { return };
-    let has_message = !cut(wire, wire.len()).0.is_empty();
+    let has_message = !cut(wire, wire.len(), usize::MAX).0.is_empty();
     let bytes_max = if has_message { message_memory(wire.len()) } else { 16 * wire.len() + (128 << 10) };
     thread_local! {
         static RUNTIME: RefCell<Option<Runtime>> = const { RefCell::new(None) };
@@ -129,7 +146,7 @@ async fn greet_server(wire: &[u8]) {
     drop(connection);
     let mut answer = Vec::new();
     assert!(theirs.read_to_end(&mut answer).await.is_ok());
-    let (frames, _) = cut(&answer, answer.len());
+    let (frames, _) = cut(&answer, answer.len(), usize::MAX);
     let answer = frames.first().and_then(|frame| Message::decode(frame).ok()).map(|(_, message)| message);
     match (greeted, answer) {
         (Ok(peer), Some(Message::Hello(ours))) => {

@@ -1,0 +1,163 @@
+//! Memory for blocks: megabytes that come and go by the thousand.
+//!
+//! An allocator keeps what is freed in the arena of the thread that asked for it, between smaller things that stay: a process
+//! through which gigabytes have passed keeps several times what it holds. A long buffer is memory of its own from the system.
+//! When it is dropped it waits for the next block, or goes back.
+
+use std::collections::VecDeque;
+use std::ops::{Deref, DerefMut};
+
+use memmap2::MmapMut;
+use parking_lot::Mutex;
+
+/// Shorter buffers come from the allocator, bytes.
+pub const LONG_BYTES_MIN: usize = 16 << 10;
+/// Most bytes that wait for the next block, in the whole process.
+const SPARE_BYTES_MAX: usize = 8 << 20;
+
+static SPARE: Mutex<Spare> = Mutex::new(Spare { memories: VecDeque::new(), bytes: 0 });
+
+/// Memory that nobody uses, least recently used first.
+struct Spare {
+    memories: VecDeque<Memory>,
+    bytes: usize,
+}
+
+/// A mapping: a power of two of bytes, of which the system provides those that have been written to.
+struct Memory {
+    map: MmapMut,
+    written_bytes_max: usize,
+}
+
+impl Spare {
+    fn take(&mut self, size: usize) -> Option<Memory> {
+        let place = self.memories.iter().rposition(|memory| memory.map.len() == size)?;
+        let memory = self.memories.remove(place)?;
+        self.bytes -= memory.written_bytes_max;
+        Some(memory)
+    }
+
+    /// What there is no room for any more.
+    fn put(&mut self, memory: Memory) -> Vec<Memory> {
+        self.bytes += memory.written_bytes_max;
+        self.memories.push_back(memory);
+        let mut surplus = Vec::new();
+        while self.bytes > SPARE_BYTES_MAX
+            && let Some(oldest) = self.memories.pop_front()
+        {
+            self.bytes -= oldest.written_bytes_max;
+            surplus.push(oldest);
+        }
+        surplus
+    }
+}
+
+enum Place {
+    Allocated(Vec<u8>),
+    Mapped(Memory),
+}
+
+/// Bytes of a block, sealed or open. See the module.
+pub struct BlockBuffer {
+    place: Place,
+    len: usize,
+}
+
+impl BlockBuffer {
+    /// So many bytes. What is in them is left over from other blocks.
+    pub fn with_len(len: usize) -> Self {
+        let place = Self::map(len).map_or_else(|| Place::Allocated(vec![0; len]), Place::Mapped);
+        Self { place, len }
+    }
+
+    fn map(len: usize) -> Option<Memory> {
+        let size = len.checked_next_power_of_two().filter(|_| len >= LONG_BYTES_MIN)?;
+        let spare = SPARE.lock().take(size);
+        // Where the system does not give it, the allocator may have some left.
+        let mut memory = match spare {
+            Some(memory) => memory,
+            None => Memory { map: MmapMut::map_anon(size).ok()?, written_bytes_max: 0 },
+        };
+        memory.written_bytes_max = memory.written_bytes_max.max(len);
+        Some(memory)
+    }
+
+    /// Leaves the first `len` bytes.
+    pub fn truncate(&mut self, len: usize) {
+        self.len = self.len.min(len);
+    }
+}
+
+impl Drop for BlockBuffer {
+    fn drop(&mut self) {
+        if let Place::Mapped(memory) = std::mem::replace(&mut self.place, Place::Allocated(Vec::new())) {
+            // Given back after the lock has been.
+            let surplus = SPARE.lock().put(memory);
+            drop(surplus);
+        }
+    }
+}
+
+impl Deref for BlockBuffer {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        let memory = match &self.place {
+            Place::Allocated(bytes) => &bytes[..],
+            Place::Mapped(memory) => &memory.map[..],
+        };
+        memory.get(..self.len).unwrap_or_default()
+    }
+}
+
+impl DerefMut for BlockBuffer {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        let memory = match &mut self.place {
+            Place::Allocated(bytes) => &mut bytes[..],
+            Place::Mapped(memory) => &mut memory.map[..],
+        };
+        memory.get_mut(..self.len).unwrap_or_default()
+    }
+}
+
+impl AsRef<[u8]> for BlockBuffer {
+    fn as_ref(&self) -> &[u8] {
+        self
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn memory(size: usize, written_bytes_max: usize) -> Memory {
+        Memory { map: MmapMut::map_anon(size).unwrap(), written_bytes_max }
+    }
+
+    #[test]
+    fn a_buffer_has_its_length_whatever_its_memory_is() {
+        for len in [0, 1, LONG_BYTES_MIN - 1, LONG_BYTES_MIN, LONG_BYTES_MIN + 1, (4 << 20) + 12] {
+            let mut buffer = BlockBuffer::with_len(len);
+            assert_eq!(buffer.len(), len);
+            buffer.fill(7);
+            buffer.truncate(len / 2);
+            assert!(buffer.len() == len / 2 && buffer.iter().all(|byte| *byte == 7));
+            buffer.truncate(len);
+            assert_eq!(buffer.len(), len / 2, "what is cut off does not come back");
+        }
+    }
+
+    #[test]
+    fn memory_is_used_again_by_its_size_and_what_waits_is_bounded() {
+        let mut spare = Spare { memories: VecDeque::new(), bytes: 0 };
+        let size = 4 << 20;
+        assert!(spare.put(memory(size, size)).is_empty() && spare.put(memory(size / 2, 5)).is_empty());
+        assert!(spare.take(2 * size).is_none());
+        assert_eq!(spare.take(size).unwrap().written_bytes_max, size);
+        assert_eq!(spare.bytes, 5);
+        let surplus: usize = (0..9).map(|_| spare.put(memory(size, size)).len()).sum();
+        assert!(spare.bytes <= SPARE_BYTES_MAX && spare.memories.len() == SPARE_BYTES_MAX / size);
+        assert_eq!(surplus + spare.memories.len(), 1 + 9);
+        assert!(spare.take(size / 2).is_none(), "the oldest goes first");
+    }
+}
