@@ -13,7 +13,8 @@ use actix::{
 };
 use futures_util::FutureExt;
 use strandline_messages::wire::{
-    Ack, Attach, Committed, Hello, Message, OpenSession, Ping, Pong, Purpose, RefusalCode, Refused, SessionOpened, Tag,
+    Ack, Attach, Committed, Defer, Hello, Message, OpenSession, Ping, Pong, Purpose, RefusalCode, Refused,
+    SessionOpened, Tag,
 };
 use strandline_messages::{Incarnation, SessionId};
 use tokio::sync::oneshot;
@@ -144,6 +145,14 @@ enum Own {
     Resume(Tag),
 }
 
+impl Own {
+    fn tag(self) -> Tag {
+        match self {
+            Self::Attach(tag) | Self::Resume(tag) => tag,
+        }
+    }
+}
+
 /// See the module.
 pub struct ControlChannel {
     connector: Arc<dyn Connector>,
@@ -204,10 +213,10 @@ impl ControlChannel {
         }
         let (reply, answer) = oneshot::channel();
         let tag = self.tag();
-        if self.ready {
-            self.send(tag, &request.on(&self.nonce), ctx);
-        }
         self.pending.insert(tag, Pending { request, reply });
+        if self.ready {
+            self.ask(tag, ctx);
+        }
         async move { answer.await.unwrap_or(Err(AskError::Closed)) }.boxed_local()
     }
 
@@ -229,30 +238,68 @@ impl ControlChannel {
         self.reconnect.connected(now);
         self.heard = now;
         self.pinged = false;
-        self.nonce = hello.nonce;
+        self.nonce = self.connector.authority().map_or(hello.nonce, |authority| authority.bind(&hello.nonce));
         self.link = Some(Link::spawn(connection, None, None, ctx));
-        match self.attachment.as_ref().and_then(|attachment| Some((attachment.opened.clone()?, attachment.incarnation)))
-        {
-            Some((opened, incarnation)) => {
-                let tag = self.tag();
-                self.own = Some(Own::Attach(tag));
-                let attach = Attach { session: opened.session, token: opened.token, incarnation };
-                self.send(tag, &Message::Attach(attach), ctx);
-            }
-            None => self.become_ready(ctx),
+        if self.attachment.as_ref().is_some_and(|attachment| attachment.opened.is_some()) {
+            let tag = self.tag();
+            self.own = Some(Own::Attach(tag));
+            self.ask(tag, ctx);
+        } else {
+            self.become_ready(ctx);
         }
+    }
+
+    /// What was asked under this tag and is not answered, as it is asked on the connection of the moment.
+    fn asked(&self, tag: Tag) -> Option<Message> {
+        if let (Some(own), Some(attachment)) = (self.own.filter(|own| own.tag() == tag), &self.attachment) {
+            return match (own, &attachment.opened) {
+                (Own::Attach(_), Some(SessionOpened { session, token, .. })) => {
+                    let (session, token, incarnation) = (*session, *token, attachment.incarnation);
+                    Some(Message::Attach(Attach { session, token, incarnation }))
+                }
+                (Own::Resume(_), opened) => {
+                    let old = opened.as_ref().map(|opened| opened.session);
+                    let old = old.filter(|_| !planted::here(Bug::ForgetsTheOldSession));
+                    Some(Message::OpenSession((attachment.opener)(&self.nonce, old)))
+                }
+                (Own::Attach(_), None) => None,
+            };
+        }
+        if let (Some((opening, _)), Some(attachment)) = (&self.opening, &self.attachment)
+            && *opening == tag
+        {
+            return Some(Message::OpenSession((attachment.opener)(&self.nonce, None)));
+        }
+        self.pending.get(&tag).map(|pending| pending.request.on(&self.nonce))
+    }
+
+    fn ask(&mut self, tag: Tag, ctx: &mut Context<Self>) {
+        if let Some(message) = self.asked(tag) {
+            self.send(tag, &message, ctx);
+        }
+    }
+
+    /// The server wants to be asked again later. Another connection asks by itself.
+    fn deferred(&mut self, tag: Tag, defer: Defer, ctx: &mut Context<Self>) {
+        let (now, nonce) = (clock::now(), self.nonce);
+        let Next::RetryAt(at) = self.reconnect.deferred(now, Duration::from_millis(defer.milliseconds)) else { return };
+        debug!(milliseconds = defer.milliseconds, "the server asks to wait");
+        ctx.run_later(at.saturating_duration_since(now), move |channel, ctx| {
+            if channel.nonce == nonce {
+                channel.ask(tag, ctx);
+            }
+        });
     }
 
     fn become_ready(&mut self, ctx: &mut Context<Self>) {
         self.ready = true;
         self.own = None;
-        if let (Some((tag, _)), Some(attachment)) = (&self.opening, &self.attachment) {
-            let (tag, request) = (*tag, (attachment.opener)(&self.nonce, None));
-            self.send(tag, &Message::OpenSession(request), ctx);
+        if let Some(tag) = self.opening.as_ref().map(|(tag, _)| *tag) {
+            self.ask(tag, ctx);
         }
-        let again: Vec<_> = self.pending.iter().map(|(tag, pending)| (*tag, pending.request.on(&self.nonce))).collect();
-        for (tag, message) in again.into_iter().filter(|_| !planted::here(Bug::ForgetsUnansweredRequests)) {
-            self.send(tag, &message, ctx);
+        let again: Vec<_> = self.pending.keys().copied().collect();
+        for tag in again.into_iter().filter(|_| !planted::here(Bug::ForgetsUnansweredRequests)) {
+            self.ask(tag, ctx);
         }
     }
 
@@ -304,6 +351,9 @@ impl ControlChannel {
     fn receive(&mut self, tag: Tag, message: Message, ctx: &mut Context<Self>) {
         self.heard = clock::now();
         self.pinged = false;
+        if let Message::Defer(defer) = message {
+            return self.deferred(tag, defer, ctx);
+        }
         match self.own {
             Some(Own::Attach(own)) if own == tag => return self.attach_answered(message, ctx),
             Some(Own::Resume(own)) if own == tag => return self.resume_answered(message, ctx),
@@ -313,15 +363,6 @@ impl ControlChannel {
             return self.open_answered(message);
         }
         match (message, self.pending.contains_key(&tag)) {
-            (Message::Defer(defer), true) => {
-                ctx.run_later(Duration::from_millis(defer.milliseconds), move |channel, ctx| {
-                    if let Some(message) = channel.pending.get(&tag).map(|pending| pending.request.on(&channel.nonce))
-                        && channel.ready
-                    {
-                        channel.send(tag, &message, ctx);
-                    }
-                });
-            }
             (message, true) => self.answer(tag, message),
             (Message::Ping(ping), false) => {
                 let pong = Pong { stamp: ping.stamp };
@@ -406,13 +447,9 @@ impl ControlChannel {
 
     /// The server has lost the session: another one carries on for it.
     fn resume(&mut self, ctx: &mut Context<Self>) {
-        let Some(attachment) = &self.attachment else { return };
-        let old = attachment.opened.as_ref().map(|opened| opened.session);
-        let old = old.filter(|_| !planted::here(Bug::ForgetsTheOldSession));
-        let request = (attachment.opener)(&self.nonce, old);
         let tag = self.tag();
         self.own = Some(Own::Resume(tag));
-        self.send(tag, &Message::OpenSession(request), ctx);
+        self.ask(tag, ctx);
     }
 
     fn resume_answered(&mut self, message: Message, ctx: &mut Context<Self>) {
@@ -515,10 +552,6 @@ impl Handler<BeginSession> for ControlChannel {
         }
         let (reply, answer) = oneshot::channel();
         let tag = self.tag();
-        if self.ready {
-            let request = (begin.opener)(&self.nonce, None);
-            self.send(tag, &Message::OpenSession(request), ctx);
-        }
         self.opening = Some((tag, reply));
         self.attachment = Some(Attachment {
             opener: begin.opener,
@@ -527,6 +560,9 @@ impl Handler<BeginSession> for ControlChannel {
             incarnation: Incarnation(0),
             committed: None,
         });
+        if self.ready {
+            self.ask(tag, ctx);
+        }
         async move { answer.await.unwrap_or(Err(AskError::Closed)) }.boxed_local()
     }
 }

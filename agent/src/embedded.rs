@@ -151,6 +151,7 @@ fn settings() -> CoreSettings {
         },
         streams: StreamLimits::default(),
         receive_bytes: 32 << 20,
+        authority: None,
     }
 }
 

@@ -171,6 +171,12 @@ impl AuthorityHash {
     pub fn of(certificate_der: &[u8]) -> Self {
         Self(*blake3::hash(certificate_der).as_bytes())
     }
+
+    /// What the holder of a writer key signs of a connection instead of the bare nonce of the server's `Hello`. A server cannot
+    /// have its clients prove themselves to a server of another authority, whose nonce it hands on.
+    pub fn bind(&self, nonce: &[u8; 32]) -> [u8; 32] {
+        blake3::derive_key("strandline 2026 nonce of a server v1", [*nonce, self.0].as_flattened())
+    }
 }
 
 /// What an administrator hands to a new machine: one line of text.

@@ -56,7 +56,11 @@ pub const MANIFEST_BYTES_MAX: usize = 64 << 10;
 /// Longest key slot, bytes.
 pub const KEY_SLOT_BYTES_MAX: usize = 16 << 10;
 /// Most key slots of a repository.
-pub const KEY_SLOTS_MAX: usize = 64;
+pub const KEY_SLOTS_MAX: usize = 1024;
+/// Most bytes of all key slots of a repository: one message holds them.
+pub const KEY_SLOTS_BYTES_MAX: usize = 896 << 10;
+/// Most slots on which a passphrase is tried: each may ask for as much memory and time as the limits below allow.
+pub const PASSPHRASE_SLOTS_MAX: usize = 64;
 /// Most memory a passphrase slot may ask for, KiB (1 GiB).
 pub const ARGON2_MEMORY_KIB_MAX: u32 = 1 << 20;
 /// Most passes a passphrase slot may ask for.

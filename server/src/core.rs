@@ -19,6 +19,7 @@ use strandline_actors::session_registry::{
     EndSessionsOf, ObserveSessions, SessionRegistry, SessionSettings, StopServing,
 };
 use strandline_actors::stream::{Origin, Stream};
+use strandline_messages::identity::AuthorityHash;
 use strandline_messages::mail::Peer;
 use strandline_messages::wire::Purpose;
 use strandline_messages::{AgentId, SessionId};
@@ -45,11 +46,15 @@ pub struct CoreSettings {
     pub streams: StreamLimits,
     /// Bytes of received blocks that all streams together may hold before they are durable.
     pub receive_bytes: usize,
+    /// Who vouches for the server; nobody does within one process.
+    pub authority: Option<AuthorityHash>,
 }
 
-impl From<&Config> for CoreSettings {
-    fn from(config: &Config) -> Self {
+impl CoreSettings {
+    /// Of a server that `authority` vouches for.
+    pub fn new(config: &Config, authority: AuthorityHash) -> Self {
         Self {
+            authority: Some(authority),
             sessions: SessionSettings {
                 limits: SessionLimits { grace: config.session_grace, ..SessionLimits::default() },
                 window_bytes: config.window_bytes,
@@ -73,6 +78,7 @@ pub struct ServerCore {
     host: Arc<EngineHost>,
     registry: Addr<SessionRegistry>,
     streams: StreamLimits,
+    authority: Option<AuthorityHash>,
     budget: Arc<Semaphore>,
     controls: Arc<Mutex<Controls>>,
 }
@@ -89,6 +95,7 @@ impl ServerCore {
             host,
             registry,
             streams: settings.streams,
+            authority: settings.authority,
             budget: Arc::new(Semaphore::new(bytes)),
             controls: Arc::default(),
         }
@@ -117,6 +124,7 @@ impl ServerCore {
             Purpose::Control => {
                 let host = Arc::clone(&self.host) as Arc<dyn Host>;
                 let agent = peer.agent;
+                let nonce = self.authority.map_or(nonce, |authority| authority.bind(&nonce));
                 let control = ControlHost::start_with(connection, peer, nonce, host, self.registry.clone());
                 let mut controls = self.controls.lock();
                 controls.retain(|(_, known)| known.connected());

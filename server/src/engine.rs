@@ -36,7 +36,7 @@ use std::time::Duration;
 
 use parking_lot::RwLock;
 use strandline_messages::format::repository::RepositoryV1;
-use strandline_messages::{RepositoryName, TenantName, limits};
+use strandline_messages::{RepositoryId, RepositoryName, TenantName, limits};
 use tempfile::TempDir;
 use tokio::sync::Mutex;
 
@@ -219,7 +219,11 @@ impl Engine {
         let cache = Arc::new(PageCache::new(INDEX_CACHE_BYTES));
         let common = Arc::new(Common { paths, catalog, key, ops, cache, writer, sizes, lock, _home: home });
         let mut known = Known::new();
-        for (row, file) in find_repositories(&common).await? {
+        let (found, unusable) = find_repositories(&common).await?;
+        for Unusable { tenant, name, reason, .. } in unusable {
+            known.insert((tenant, name), Entry::Unusable(Arc::new(reason.into())));
+        }
+        for (row, file) in found {
             let key = (row.tenant.clone(), file.name.clone());
             let entry = match Repository::open(Arc::clone(&common), row, file).await {
                 Ok(repository) => Entry::Open(Arc::new(repository)),
@@ -372,10 +376,27 @@ pub(crate) async fn on_own_thread<T: Send + 'static>(
     result.await.map_err(|error| interrupted(error.to_string()))?
 }
 
+/// What lies in the storage.
+#[derive(Default)]
+struct Listing {
+    found: Vec<(TenantName, RepositoryV1)>,
+    unusable: Vec<Unusable>,
+}
+
+/// A repository whose file says which it is and no more that can be believed or understood.
+struct Unusable {
+    tenant: TenantName,
+    id: RepositoryId,
+    name: RepositoryName,
+    reason: StorageError,
+}
+
 /// Reads the repositories off the storage, which is the truth, and gives those without a row one.
-async fn find_repositories(common: &Common) -> Result<Vec<(RepositoryRow, RepositoryV1)>, EngineError> {
+async fn find_repositories(
+    common: &Common,
+) -> Result<(Vec<(RepositoryRow, RepositoryV1)>, Vec<Unusable>), EngineError> {
     let storage = common.paths.storage();
-    let found = blocking(move || list_repositories(&storage)).await?;
+    let Listing { found, unusable } = blocking(move || list_repositories(&storage)).await?;
     let rows = common.catalog.repositories().await?;
     let mut repositories = Vec::new();
     for (tenant, file) in found {
@@ -391,30 +412,44 @@ async fn find_repositories(common: &Common) -> Result<Vec<(RepositoryRow, Reposi
             }
         }
     }
-    for row in rows.iter().filter(|row| !repositories.iter().any(|(found, _)| found.number == row.number)) {
+    let is_there = |row: &RepositoryRow| {
+        repositories.iter().any(|(found, _)| found.number == row.number)
+            || unusable.iter().any(|found| found.tenant == row.tenant && found.id == row.id)
+    };
+    for row in rows.iter().filter(|row| !is_there(row)) {
         tracing::error!(tenant = %row.tenant, id = %row.id, "a repository of the catalog is missing from the storage");
     }
-    Ok(repositories)
+    Ok((repositories, unusable))
 }
 
-fn list_repositories(storage: &Path) -> Result<Vec<(TenantName, RepositoryV1)>, EngineError> {
-    let mut found = Vec::new();
+fn list_repositories(storage: &Path) -> Result<Listing, EngineError> {
+    let mut listing = Listing::default();
     for (name, directory) in subdirectories(storage)? {
         let Ok(tenant) = name.parse::<TenantName>() else { continue };
         files::remove_temporaries(&directory)?;
         for (_, home) in subdirectories(&directory)? {
             let path = RepositoryPaths::new(home).file();
-            let file = files::read_small(&path, REPOSITORY_FILE_BYTES_MAX).and_then(|bytes| {
-                bytes.map(|bytes| RepositoryV1::decode(&bytes).map_err(StorageError::format(&path))).transpose()
-            });
-            match file {
-                Ok(Some(file)) => found.push((tenant.clone(), file)),
-                Ok(None) => {}
-                Err(error) => tracing::error!(%tenant, %error, "a repository is not served"),
+            let bytes = match files::read_small(&path, REPOSITORY_FILE_BYTES_MAX) {
+                Ok(Some(bytes)) => bytes,
+                Ok(None) => continue,
+                Err(error) => {
+                    tracing::error!(%tenant, %error, "a repository is not served");
+                    continue;
+                }
+            };
+            match RepositoryV1::decode(&bytes).map_err(StorageError::format(&path)) {
+                Ok(file) => listing.found.push((tenant.clone(), file)),
+                Err(reason) => {
+                    tracing::error!(%tenant, %reason, "a repository is not served");
+                    // Its name is taken all the same: whoever asks for it must not be told to make it anew.
+                    if let Ok((id, name)) = RepositoryV1::identify(&bytes) {
+                        listing.unusable.push(Unusable { tenant: tenant.clone(), id, name, reason });
+                    }
+                }
             }
         }
     }
-    Ok(found)
+    Ok(listing)
 }
 
 fn subdirectories(path: &Path) -> Result<Vec<(String, PathBuf)>, EngineError> {

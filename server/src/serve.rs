@@ -164,7 +164,7 @@ pub async fn serve(options: ServeOptions) -> anyhow::Result<()> {
     let tenancy = Tenancy::open(engine.pool().clone(), &data).await?;
     let authority = Arc::new(Authority::load(&data)?);
     let certificate = Arc::new(ServerCertificate::new(authority.server(&config.names)?)?);
-    let core = ServerCore::start(Arc::clone(&engine), CoreSettings::from(&config));
+    let core = ServerCore::start(Arc::clone(&engine), CoreSettings::new(&config, authority.hash()));
     core.renew_with(Renewer {
         tenancy: tenancy.clone(),
         authority: Arc::clone(&authority),

@@ -16,6 +16,7 @@ use strandline_actors::runtime::transport::hello;
 use strandline_agent::identity::{Store, client_config};
 use strandline_agent::keys::{Keyset, SlotSecret, load_key_file, unlock};
 use strandline_messages::format::repository::RepositoryV1;
+use strandline_messages::identity::AuthorityHash;
 use strandline_messages::wire::message::kinds;
 use strandline_messages::wire::{BlockFrame, Frame, FrameDecoder, Message, OpenSession, Purpose, SessionKind, Tag};
 use strandline_messages::{RepositoryName, SessionId, limits};
@@ -41,7 +42,7 @@ pub struct Raw {
     tls: StreamOwned<ClientConnection, Recorder>,
     buffer: BytesMut,
     decoder: FrameDecoder,
-    /// What the server's `Hello` said.
+    /// What proofs on this connection sign: the nonce of the server's `Hello`, bound to its authority.
     pub nonce: [u8; 32],
 }
 
@@ -96,9 +97,16 @@ impl Raw {
         self.say(Tag(0), &Message::Hello(hello(purpose, [0; 32])))?;
         let heard = self.hear()?;
         if let Heard::Message(_, Message::Hello(hello)) = &heard {
-            self.nonce = hello.nonce;
+            self.note_nonce(&hello.nonce)?;
         }
         Ok(heard)
+    }
+
+    /// Notes the nonce of the server's `Hello`, bound to the authority whose certificate it has sent.
+    pub fn note_nonce(&mut self, nonce: &[u8; 32]) -> Result<()> {
+        let chain = self.tls.conn.peer_certificates().context("no certificates")?;
+        self.nonce = AuthorityHash::of(chain.last().context("no authority")?).bind(nonce);
+        Ok(())
     }
 
     /// Sends a message. That the server has closed shows with what is heard.

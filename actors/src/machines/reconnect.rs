@@ -130,7 +130,6 @@ impl Reconnect {
     /// Up to a quarter of the wait is added at random, at most `cap`, so that those who were sent away together do not
     /// return together.
     pub fn deferred(&mut self, now: Instant, wait: Duration) -> Next {
-        self.connected = None;
         let wait = wait.min(DEFER_MAX);
         let spread = (wait / 4).max(self.policy.base).min(self.policy.cap);
         let next = self.retry_within(now, wait, spread);

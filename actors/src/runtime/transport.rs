@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use bytes::{BufMut, BytesMut};
 use futures_util::future::BoxFuture;
+use strandline_messages::identity::AuthorityHash;
 use strandline_messages::limits;
 use strandline_messages::wire::frame::{FLAG_CRITICAL, HEADER_BYTES};
 use strandline_messages::wire::message::is_known_kind;
@@ -61,6 +62,11 @@ pub trait Connector: Send + Sync + 'static {
 
     /// What is connected to, for people.
     fn target(&self) -> String;
+
+    /// Who vouches for the server; nobody does within one process. Proofs are bound to it.
+    fn authority(&self) -> Option<AuthorityHash> {
+        None
+    }
 
     /// What an error on a connection of this connector means, where it knows better than the error itself.
     fn explain(&self, _error: &std::io::Error) -> Option<ConnectFault> {

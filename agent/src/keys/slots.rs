@@ -111,7 +111,8 @@ pub struct Unlocked {
 }
 
 /// Tries every secret on every slot of its kind; damaged and foreign slots are passed over. The keyset must be that of
-/// `repository`. At most [`limits::KEY_SLOTS_MAX`] slots are looked at.
+/// `repository`. At most [`limits::KEY_SLOTS_MAX`] slots are looked at, and a passphrase is tried on at most
+/// [`limits::PASSPHRASE_SLOTS_MAX`].
 pub fn unlock(slots: &[Vec<u8>], secrets: &[SlotSecret], repository: &RepositoryV1) -> Result<Unlocked, KeyError> {
     let mut tried = Vec::new();
     let mut damaged = None;
@@ -126,6 +127,9 @@ pub fn unlock(slots: &[Vec<u8>], secrets: &[SlotSecret], repository: &Repository
                     continue;
                 }
             };
+            if attempts >= limits::PASSPHRASE_SLOTS_MAX && matches!(secret, SlotSecret::Passphrase(_)) {
+                break;
+            }
             attempts += 1;
             match open_slot(&slot, secret) {
                 Ok(keyset) => {

@@ -9,7 +9,7 @@ use futures_util::future::BoxFuture;
 use rustls::ClientConfig;
 use rustls::pki_types::CertificateDer;
 use strandline_actors::runtime::transport::{ConnectFault, Connection, Connector, read_message, write_message};
-use strandline_messages::identity::{EnrolmentToken, Identity, ServerAddress};
+use strandline_messages::identity::{AuthorityHash, EnrolmentToken, Identity, ServerAddress};
 use strandline_messages::wire::{Enroll, Enrolled, Message};
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
@@ -26,13 +26,15 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(15);
 /// Connects to one server as an enrolled machine.
 pub struct TlsConnector {
     address: ServerAddress,
+    authority: AuthorityHash,
     config: Arc<ClientConfig>,
 }
 
 impl TlsConnector {
     /// With this machine's credentials. Fails if they have expired.
     pub fn new(credentials: &Credentials) -> Result<Self, IdentityError> {
-        Ok(Self { address: credentials.server().clone(), config: client_config(credentials)? })
+        let (address, authority) = (credentials.server().clone(), AuthorityHash::of(credentials.authority()));
+        Ok(Self { address, authority, config: client_config(credentials)? })
     }
 }
 
@@ -55,6 +57,10 @@ impl Connector for TlsConnector {
 
     fn target(&self) -> String {
         self.address.to_string()
+    }
+
+    fn authority(&self) -> Option<AuthorityHash> {
+        Some(self.authority)
     }
 
     fn explain(&self, error: &io::Error) -> Option<ConnectFault> {

@@ -64,7 +64,7 @@ impl<'a> Decoder<'a> {
         Ok(i64::from_le_bytes(self.array()?))
     }
 
-    /// An unsigned LEB128 integer of at most 64 bits.
+    /// An unsigned LEB128 integer of at most 64 bits, in as few bytes as it takes.
     pub fn varint(&mut self) -> Result<u64, FormatError> {
         let mut value = 0u64;
         for shift in (0..64).step_by(7) {
@@ -74,6 +74,9 @@ impl<'a> Decoder<'a> {
                 return Err(self.invalid("a number exceeds 64 bits"));
             }
             value |= bits << shift;
+            if byte == 0 && shift > 0 {
+                return Err(self.invalid("a number is longer than it need be"));
+            }
             if byte & 0x80 == 0 {
                 return Ok(value);
             }
@@ -214,6 +217,16 @@ mod tests {
             prop_assert_eq!(decoder.varint().unwrap(), value);
             prop_assert_eq!(decoder.zigzag().unwrap(), signed);
             decoder.finish().unwrap();
+        }
+
+        #[test]
+        fn a_number_is_written_in_one_way(bytes in proptest::collection::vec(prop_oneof![Just(0u8), Just(0x80), any::<u8>()], 1..11)) {
+            let mut decoder = Decoder::new(&bytes, "test");
+            if let Ok(value) = decoder.varint() {
+                let mut again = Vec::new();
+                again.put_varint(value);
+                prop_assert_eq!(&again[..], &bytes[..bytes.len() - decoder.remaining()]);
+            }
         }
 
         #[test]

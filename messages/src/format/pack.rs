@@ -98,7 +98,7 @@ pub struct FooterEntry {
 /// The footer of a sealed pack.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct PackFooterV1 {
-    /// Its blocks by ascending offset.
+    /// Its blocks by ascending offset, none within another.
     pub blocks: Vec<FooterEntry>,
 }
 
@@ -131,14 +131,18 @@ impl PackFooterV1 {
         decoder.magic(&FOOTER_MAGIC)?;
         let count = check_limit("blocks of a pack", decoder.u32()?.into(), limits::PACK_BLOCKS_MAX)?;
         let mut blocks = Vec::with_capacity(count.min(decoder.remaining() / FOOTER_ENTRY_BYTES));
+        let mut free_from = u32::try_from(PACK_HEADER_BYTES).unwrap_or(u32::MAX);
         for _ in 0..count {
-            blocks.push(FooterEntry {
+            let entry = FooterEntry {
                 offset: decoder.u32()?,
                 bytes: decoder.u32()?,
                 kind: ChunkKind::from_byte(decoder.u8()?).ok_or_else(|| decoder.invalid("unknown block kind"))?,
                 chunks: decoder.u16()?,
                 digest: BlockDigest(decoder.array()?),
-            });
+            };
+            let end = entry.offset.checked_add(entry.bytes).filter(|_| entry.offset >= free_from);
+            free_from = end.ok_or_else(|| decoder.invalid("a block lies within another, or beyond 4 GiB"))?;
+            blocks.push(entry);
         }
         decoder.finish()?;
         Ok(Self { blocks })
@@ -180,6 +184,13 @@ mod tests {
         let (length, digest) = decode_trailer(trailer).unwrap();
         assert_eq!(length as usize, body.len());
         assert_eq!(PackFooterV1::decode(body, &digest).unwrap(), footer);
+
+        for blocks in [[block(96), block(1095)], [block(95), block(1096)], [block(96), block(u32::MAX - 999)]] {
+            let bytes = PackFooterV1 { blocks: blocks.to_vec() }.encode();
+            let (body, trailer) = bytes.split_at(bytes.len() - TRAILER_BYTES);
+            let refused = PackFooterV1::decode(body, &decode_trailer(trailer).unwrap().1);
+            assert!(matches!(refused, Err(FormatError::Invalid { .. })), "{refused:?}");
+        }
     }
 
     #[test]

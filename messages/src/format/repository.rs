@@ -3,6 +3,9 @@
 //! `magic "STRREPO\0" · version u16 = 1 · repository 16 · name text · created i64 ns · root public key 32 · wrap algorithm
 //! u8 · KEM public key 32 · chunker u8 (1 = FastCDC v2020) · minimum u32 · average u32 · maximum u32 · block plaintext u32 ·
 //! digest BLAKE3-256 of everything before it`
+//!
+//! Magic, version, repository and name stand where they do in every version. Whoever puts something into a repository that
+//! readers of this version would misread raises the version first: they leave such a repository alone.
 
 use crate::ids::{RepositoryId, RepositoryName};
 use crate::limits;
@@ -69,6 +72,20 @@ impl RepositoryV1 {
         out
     }
 
+    /// Which repository a file is of, whatever its version; not checked against its digest.
+    pub fn identify(bytes: &[u8]) -> Result<(RepositoryId, RepositoryName), FormatError> {
+        let mut decoder = Decoder::new(bytes, "repository file");
+        decoder.magic(&REPOSITORY_MAGIC)?;
+        decoder.u16()?;
+        Self::identity(&mut decoder)
+    }
+
+    fn identity(decoder: &mut Decoder<'_>) -> Result<(RepositoryId, RepositoryName), FormatError> {
+        let id = RepositoryId(decoder.array()?);
+        let name = decoder.text("repository name", limits::NAME_BYTES_MAX)?;
+        Ok((id, name.parse().map_err(|_| decoder.invalid("illegal repository name"))?))
+    }
+
     /// Reads a repository file.
     pub fn decode(bytes: &[u8]) -> Result<Self, FormatError> {
         let mut decoder = Decoder::new(bytes, "repository file");
@@ -78,9 +95,7 @@ impl RepositoryV1 {
         if blake3::hash(body).as_bytes() != digest {
             return Err(FormatError::Digest { what: "repository file" });
         }
-        let id = RepositoryId(decoder.array()?);
-        let name = decoder.text("repository name", limits::NAME_BYTES_MAX)?;
-        let name = name.parse().map_err(|_| decoder.invalid("illegal repository name"))?;
+        let (id, name) = Self::identity(&mut decoder)?;
         let created_ns = decoder.i64()?;
         let root_public = decoder.array()?;
         let wrap_algorithm = decoder.u8()?;
@@ -137,5 +152,11 @@ mod tests {
             bad[i] ^= 1;
             assert!(RepositoryV1::decode(&bad).is_err(), "byte {i}");
         }
+        let mut later = good[..8].to_vec();
+        later.extend_from_slice(&[2, 0]);
+        later.extend_from_slice(&good[10..10 + 16 + 1 + 4]);
+        later.extend_from_slice(b"whatever version 2 says");
+        assert!(matches!(RepositoryV1::decode(&later), Err(FormatError::Version { found: 2, .. })));
+        assert_eq!(RepositoryV1::identify(&later).unwrap(), (file.id, file.name));
     }
 }

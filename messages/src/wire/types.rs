@@ -404,8 +404,9 @@ pub struct Defer {
     pub milliseconds: u64,
 }
 
-/// Why a request was refused.
+/// Why a request was refused. On the wire a `u32`, in this order from 0.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(from = "u32", into = "u32")]
 pub enum RefusalCode {
     /// The request is malformed or not allowed in this state.
     Invalid,
@@ -429,6 +430,44 @@ pub enum RefusalCode {
     Ended,
     /// The server failed; its log says more.
     Internal,
+    /// A reason that only a later version knows; the text says it. Nothing comes of asking again.
+    Other(u32),
+}
+
+impl RefusalCode {
+    const KNOWN: [Self; 11] = [
+        Self::Invalid,
+        Self::NotPermitted,
+        Self::NoSuchRepository,
+        Self::RepositoryExists,
+        Self::NoSuchSession,
+        Self::Superseded,
+        Self::Full,
+        Self::Stopping,
+        Self::Version,
+        Self::Ended,
+        Self::Internal,
+    ];
+}
+
+impl From<u32> for RefusalCode {
+    fn from(number: u32) -> Self {
+        let known = usize::try_from(number).ok().and_then(|number| Self::KNOWN.get(number).copied());
+        known.unwrap_or(Self::Other(number))
+    }
+}
+
+impl From<RefusalCode> for u32 {
+    fn from(code: RefusalCode) -> Self {
+        match code {
+            RefusalCode::Other(number) => number,
+            known => RefusalCode::KNOWN
+                .iter()
+                .zip(0..)
+                .find_map(|(code, n)| (*code == known).then_some(n))
+                .unwrap_or(Self::MAX),
+        }
+    }
 }
 
 /// A request was refused. Nothing has changed.
@@ -562,6 +601,7 @@ pub fn unpack_bitmap(bitmap: &[u8], count: usize) -> Option<Vec<bool>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::wire::codec;
 
     #[test]
     fn bitmaps_read_back_at_every_length() {
@@ -570,6 +610,21 @@ mod tests {
             let packed = pack_bitmap(&known);
             assert_eq!(unpack_bitmap(&packed, len).unwrap(), known);
             assert!(unpack_bitmap(&packed, len + 9).is_none());
+        }
+    }
+
+    #[test]
+    fn a_refusal_for_a_reason_of_a_later_version_is_read_with_its_text() {
+        for number in [0, 10, 11, 4_000_000_000_u32] {
+            let later = (number, "the quota is used up".to_owned());
+            let mut bytes = Vec::new();
+            codec::encode("later", &later, &mut bytes).unwrap();
+            let refusal: Refused = codec::decode("Refused", &bytes).unwrap();
+            assert_eq!((u32::from(refusal.code), &refusal.message), (number, &later.1));
+            assert_eq!(matches!(refusal.code, RefusalCode::Other(_)), number > 10);
+            let mut again = Vec::new();
+            codec::encode("Refused", &refusal, &mut again).unwrap();
+            assert_eq!(again, bytes);
         }
     }
 

@@ -1,7 +1,7 @@
 //! The key slots of a repository: files in `keys/`, named after the slots' ids.
 //!
 //! Invariants: every slot that was added decodes and belongs to this repository; at least one that does stays; at most
-//! [`limits::KEY_SLOTS_MAX`] are kept. Adding and removing are one at a time, so that two removals cannot take the last two.
+//! [`limits::KEY_SLOTS_MAX`] are kept, which have at most [`limits::KEY_SLOTS_BYTES_MAX`] in all. Adding and removing are one at a time, so that two removals cannot take the last two.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -19,13 +19,18 @@ use crate::storage::{StorageError, files};
 pub(super) type NamedSlots = Vec<(String, Vec<u8>)>;
 
 impl Repository {
-    /// The encoded key slots, by name: at most [`limits::KEY_SLOTS_MAX`].
+    /// The encoded key slots, by name, within the limits.
     pub async fn slots(&self) -> Result<Vec<Vec<u8>>, EngineError> {
         let directory = self.state.paths.keys();
         blocking(move || {
-            let mut slots = Vec::new();
+            let (mut slots, mut bytes) = (Vec::new(), 0);
             for (_, path) in list(&directory)?.into_iter().take(limits::KEY_SLOTS_MAX) {
-                slots.extend(files::read_small(&path, limits::KEY_SLOT_BYTES_MAX)?);
+                let Some(slot) = files::read_small(&path, limits::KEY_SLOT_BYTES_MAX)? else { continue };
+                bytes += slot.len();
+                if bytes > limits::KEY_SLOTS_BYTES_MAX {
+                    break;
+                }
+                slots.push(slot);
             }
             Ok(slots)
         })
@@ -61,7 +66,8 @@ impl Repository {
 /// The slots of a new repository with their names, checked.
 pub(super) fn named_slots(file: &RepositoryV1, slots: Vec<Vec<u8>>) -> Result<NamedSlots, EngineError> {
     let refused = |reason: &str| EngineError::BadSlot { reason: reason.to_owned() };
-    if slots.len() > limits::KEY_SLOTS_MAX {
+    let bytes: usize = slots.iter().map(Vec::len).sum();
+    if slots.len() > limits::KEY_SLOTS_MAX || bytes > limits::KEY_SLOTS_BYTES_MAX {
         return Err(refused("there are too many"));
     }
     let mut named = NamedSlots::new();
@@ -88,9 +94,18 @@ fn add(directory: &Path, repository: RepositoryId, bytes: &[u8]) -> Result<(), E
         // A request whose answer was lost comes again.
         return if there == bytes { Ok(()) } else { Err(refused(format!("there is another slot {name}"))) };
     }
-    if list(directory)?.len() >= limits::KEY_SLOTS_MAX {
-        let max = limits::KEY_SLOTS_MAX;
-        return Err(refused(format!("there are {max} already, which is the limit; remove one that nobody needs")));
+    let slots = list(directory)?;
+    let mut total = bytes.len() as u64;
+    for (_, path) in &slots {
+        total += std::fs::metadata(path).map_err(StorageError::io("look at", path))?.len();
+    }
+    if slots.len() >= limits::KEY_SLOTS_MAX || total > limits::KEY_SLOTS_BYTES_MAX as u64 {
+        let (count, room) = (slots.len(), limits::KEY_SLOTS_BYTES_MAX >> 10);
+        let reason = format!(
+            "there are {count} already, and the limit is {} of together {room} KiB; remove one that nobody needs",
+            limits::KEY_SLOTS_MAX
+        );
+        return Err(refused(reason));
     }
     Ok(files::write_atomically(&path, bytes)?)
 }
@@ -146,7 +161,11 @@ mod tests {
     }
 
     fn slot_of(repository: RepositoryId, id: [u8; 16], label: &str) -> Vec<u8> {
-        let (label, salt, sealed) = (label.to_owned(), [7; 32], vec![9; 300]);
+        sealed_slot(repository, id, label, 300)
+    }
+
+    fn sealed_slot(repository: RepositoryId, id: [u8; 16], label: &str, bytes: usize) -> Vec<u8> {
+        let (label, salt, sealed) = (label.to_owned(), [7; 32], vec![9; bytes]);
         KeySlotV1 { repository, id, created_ns: 5, label, kind: SlotKind::KeyFile, salt, sealed }.encode()
     }
 
@@ -209,11 +228,14 @@ mod tests {
         refused(one.add_slot(slot_of(RepositoryId([1; 16]), [2; 16], "")).await, "belongs to repository");
         refused(one.add_slot(slot_of(REPOSITORY, [1; 16], "other")).await, "another slot 0101");
         one.add_slot(slot(1)).await.unwrap();
-        for n in 2..=u8::try_from(limits::KEY_SLOTS_MAX).unwrap() {
-            one.add_slot(slot(n)).await.unwrap();
+        let room = limits::KEY_SLOTS_BYTES_MAX - slot(1).len();
+        let long = |n: u8| sealed_slot(REPOSITORY, [n; 16], "", 15 << 10);
+        let fit = u8::try_from(room / long(2).len()).unwrap();
+        for n in 2..2 + fit {
+            one.add_slot(long(n)).await.unwrap();
         }
-        refused(one.add_slot(slot(200)).await, "the limit");
-        assert_eq!(one.slots().await.unwrap().len(), limits::KEY_SLOTS_MAX);
+        refused(one.add_slot(long(200)).await, "the limit");
+        assert_eq!(one.slots().await.unwrap().len(), 1 + usize::from(fit));
     }
 
     #[actix_rt::test]

@@ -744,6 +744,28 @@ async fn a_damaged_repository_does_not_keep_the_others_from_being_served() {
 }
 
 #[actix_rt::test]
+async fn a_repository_of_a_later_version_is_left_alone_and_its_name_is_taken() {
+    let dir = tempfile::tempdir().unwrap();
+    {
+        let engine = open(dir.path()).await;
+        repository(&engine).await;
+        engine.close().await.unwrap();
+    }
+    let path = DataPaths::new(dir.path()).repository(&tenant(), &REPOSITORY).file();
+    let mut later = fs::read(&path).unwrap();
+    later[8] = 2;
+    later.truncate(60);
+    fs::write(&path, &later).unwrap();
+    let engine = open(dir.path()).await;
+    let refused = engine.repository(&tenant(), &"main".parse().unwrap()).await.unwrap_err().to_string();
+    assert!(refused.contains("use a newer Strandline"), "{refused}");
+    let another = RepositoryV1 { id: RepositoryId([7; 16]), ..repository_file("main") };
+    let refused = engine.create_repository(&tenant(), another, Vec::new()).await;
+    assert!(matches!(refused, Err(EngineError::AlreadyExists { .. })), "{refused:?}");
+    assert_eq!(fs::read(&path).unwrap(), later);
+}
+
+#[actix_rt::test]
 async fn s30_a_flipped_byte_on_disk_is_an_error_that_names_pack_and_offset() {
     let dir = tempfile::tempdir().unwrap();
     let engine = open(dir.path()).await;

@@ -174,7 +174,9 @@ fn look(found: &Found, rows: &Rows, dry_run: bool) -> anyhow::Result<RepairedRep
     let file = match &found.file {
         Ok(file) => file,
         Err(error) => {
-            let error = format!("its repository file cannot be used ({error}); restore that file from a copy");
+            let error = format!(
+                "its repository file cannot be used ({error}); nothing of it was looked at; a damaged one can be restored from a copy"
+            );
             let repository = found.paths.root().display().to_string();
             return Ok(RepairedRepository { repository, error: Some(error), ..RepairedRepository::default() });
         }

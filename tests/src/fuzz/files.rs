@@ -59,7 +59,10 @@ pub fn pack(data: &[u8]) {
         let kind = kinds.get(usize::from(form & 0x7f) % kinds.len()).copied().unwrap_or(Kind::Pack);
         if let Ok(found) = inspect(kind, &path, 0) {
             assert!(
-                found.fields.iter().all(|field| field.offset + field.bytes <= bytes.len() as u64 + u64::from(u32::MAX))
+                found
+                    .fields
+                    .iter()
+                    .all(|field| field.offset + field.bytes <= bytes.len().max(u32::MAX as usize) as u64)
             );
         }
     });

@@ -6,8 +6,10 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use strandline_actors::runtime::transport::hello;
 use strandline_messages::Incarnation;
-use strandline_messages::wire::{AbortSession, Attach, Message, Purpose, RefusalCode, SessionKind, Tag};
+use strandline_messages::identity::AuthorityHash;
+use strandline_messages::wire::{AbortSession, Attach, Hello, Message, Purpose, RefusalCode, SessionKind, Tag};
 use strandline_tests::raw::{Heard, Raw, no_papers, papers_of, speaking};
 use strandline_tests::rig::{PATIENCE, Rig};
 
@@ -74,6 +76,24 @@ fn s46_a_recorded_session_that_is_played_again_opens_joins_and_stores_nothing() 
     ensure!(rig.log().matches("session opened").count() == sessions, "a session was opened by what was recorded");
     rig.server()?.wait_for_line("connection refused", PATIENCE)?;
     victim.ensure_unharmed(&rig)?;
+    rig.ensure_no_panic()
+}
+
+#[test]
+fn s46_a_proof_made_for_a_server_of_another_authority_opens_nothing() -> Result<()> {
+    let rig = Rig::direct()?;
+    let victim = Victim::settle(&rig)?;
+    let (name, keys) = (&victim.target.repository, &victim.keys);
+    let mut raw = Raw::connect(rig.address(), &papers_of(&victim.agent, rig.address())?)?;
+    raw.say(Tag(0), &Message::Hello(hello(Purpose::Control, [0; 32])))?;
+    let Heard::Message(_, Message::Hello(Hello { nonce, .. })) = raw.hear()? else { anyhow::bail!("no greeting") };
+    for bound in [nonce, AuthorityHash([7; 32]).bind(&nonce)] {
+        raw.nonce = bound;
+        let answer = raw.open(SessionKind::Backup, name, keys)?;
+        ensure!(matches!(&answer, Message::Refused(why) if why.code == RefusalCode::NotPermitted), "{answer:?}");
+    }
+    raw.note_nonce(&nonce)?;
+    open(&mut raw, SessionKind::Backup, name, keys)?;
     rig.ensure_no_panic()
 }
 

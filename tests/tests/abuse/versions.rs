@@ -73,7 +73,7 @@ fn s20_an_agent_of_the_recorded_protocol_backs_up_to_todays_server() -> Result<(
                     raw.send(&frame)?;
                     let Heard::Message(_, Message::Hello(hello)) = raw.hear()? else { anyhow::bail!("no greeting") };
                     ensure!(hello.version_min <= 1 && hello.version_max >= 1, "{hello:?}");
-                    raw.nonce = hello.nonce;
+                    raw.note_nonce(&hello.nonce)?;
                     continue;
                 }
                 other => anyhow::bail!("{} is recorded", other.name()),
@@ -106,7 +106,7 @@ fn s20_newer_agents_are_spoken_to_in_version_1_if_they_know_it_and_refused_if_no
         raw.say(Tag(0), &Message::Hello(ours))?;
         let heard = raw.hear()?;
         if let Heard::Message(_, Message::Hello(hello)) = &heard {
-            raw.nonce = hello.nonce;
+            raw.note_nonce(&hello.nonce)?;
         }
         Ok((raw, heard))
     };
