@@ -13,7 +13,6 @@ pub mod planted;
 pub mod ports;
 pub mod runtime;
 pub mod session;
-mod session_fetch;
 pub mod session_registry;
 pub mod stream;
 pub mod stream_pool;
