@@ -9,7 +9,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use actix::{
-    Actor, ActorContext, ActorFutureExt, AsyncContext, Context, Handler, Recipient, ResponseFuture, WrapFuture,
+    Actor, ActorContext, ActorFutureExt, AsyncContext, Context, Handler, Recipient, ResponseFuture, SpawnHandle,
+    WrapFuture,
 };
 use futures_util::FutureExt;
 use strandline_messages::wire::{
@@ -165,6 +166,8 @@ pub struct ControlChannel {
     own: Option<Own>,
     next_tag: u32,
     pending: BTreeMap<Tag, Pending>,
+    /// What the server wants to be asked later, on this connection.
+    deferrals: BTreeMap<Tag, SpawnHandle>,
     opening: Option<(Tag, oneshot::Sender<Result<SessionOpened, AskError>>)>,
     attachment: Option<Attachment>,
     heard: Instant,
@@ -186,6 +189,7 @@ impl ControlChannel {
             own: None,
             next_tag: 0,
             pending: BTreeMap::new(),
+            deferrals: BTreeMap::new(),
             opening: None,
             attachment: None,
             heard: clock::now(),
@@ -274,21 +278,30 @@ impl ControlChannel {
     }
 
     fn ask(&mut self, tag: Tag, ctx: &mut Context<Self>) {
-        if let Some(message) = self.asked(tag) {
-            self.send(tag, &message, ctx);
+        match self.asked(tag) {
+            Some(message) => self.send(tag, &message, ctx),
+            // The session was forgotten meanwhile: there is nothing to attach to, and everything else may be asked.
+            None if self.own.is_some_and(|own| own.tag() == tag) => self.become_ready(ctx),
+            None => {}
         }
     }
 
     /// The server wants to be asked again later. Another connection asks by itself.
     fn deferred(&mut self, tag: Tag, defer: Defer, ctx: &mut Context<Self>) {
-        let (now, nonce) = (clock::now(), self.nonce);
+        let is_own = self.own.is_some_and(|own| own.tag() == tag);
+        if !is_own && self.asked(tag).is_none() {
+            return;
+        }
+        let now = clock::now();
         let Next::RetryAt(at) = self.reconnect.deferred(now, Duration::from_millis(defer.milliseconds)) else { return };
         debug!(milliseconds = defer.milliseconds, "the server asks to wait");
-        ctx.run_later(at.saturating_duration_since(now), move |channel, ctx| {
-            if channel.nonce == nonce {
-                channel.ask(tag, ctx);
-            }
+        let asking = ctx.run_later(at.saturating_duration_since(now), move |channel, ctx| {
+            channel.deferrals.remove(&tag);
+            channel.ask(tag, ctx);
         });
+        if let Some(earlier) = self.deferrals.insert(tag, asking) {
+            ctx.cancel_future(earlier);
+        }
     }
 
     fn become_ready(&mut self, ctx: &mut Context<Self>) {
@@ -318,6 +331,9 @@ impl ControlChannel {
     fn lost(&mut self, reason: &str, ctx: &mut Context<Self>) {
         let Some(link) = self.link.take() else { return };
         link.cut(ctx);
+        for (_, asking) in std::mem::take(&mut self.deferrals) {
+            ctx.cancel_future(asking);
+        }
         self.ready = false;
         self.own = None;
         if self.closing.is_some() {

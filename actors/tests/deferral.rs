@@ -9,11 +9,12 @@ use std::time::Duration;
 use actix::{Actor, Addr};
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
-use strandline_actors::control_channel::{AskServer, BeginSession, CloseChannel, ControlChannel};
+use strandline_actors::control_channel::{AskServer, BeginSession, CloseChannel, ControlChannel, ForgetSession};
 use strandline_actors::machines::reconnect::Policy;
 use strandline_actors::runtime::transport::{ConnectFault, Connection, Connector, hello};
 use strandline_messages::wire::{
-    Attached, Defer, Frame, FrameDecoder, Message, OpenSession, Pong, Purpose, SessionKind, SessionOpened, Tag,
+    Attached, Defer, Frame, FrameDecoder, Message, OpenSession, Pong, Purpose, RefusalCode, Refused, SessionKind,
+    SessionOpened, Tag,
 };
 use strandline_messages::{Incarnation, SessionId, SessionToken};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
@@ -115,10 +116,16 @@ fn begin() -> BeginSession {
     BeginSession { opener, dispatcher: None }
 }
 
+/// Runs a test on a clock that stands still while anybody works; some hours on it are a hang.
+fn held(test: impl Future<Output = ()>) {
+    let runtime = || tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
+    let bounded = async { tokio::time::timeout(Duration::from_hours(4), test).await };
+    actix_rt::System::with_tokio_rt(runtime).block_on(bounded).unwrap();
+}
+
 #[test]
 fn s18_whatever_is_deferred_is_asked_again_later_on_the_same_connection() {
-    let runtime = || tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
-    actix_rt::System::with_tokio_rt(runtime).block_on(async {
+    held(async {
         let (pipes, mut connections) = mpsc::channel(4);
         // One failure would be one too many: waiting is none.
         let patience = Policy { attempts_max: 1, ..Policy::default() };
@@ -147,5 +154,38 @@ fn s18_whatever_is_deferred_is_asked_again_later_on_the_same_connection() {
         assert_eq!(asking.await.unwrap().unwrap().unwrap(), Message::RepositoryCreated);
 
         channel.do_send(CloseChannel);
+    });
+}
+
+#[test]
+fn s18_a_session_that_is_forgotten_while_its_attachment_waits_holds_nothing_up() {
+    held(async {
+        let (pipes, mut connections) = mpsc::channel(4);
+        let channel: Addr<ControlChannel> =
+            ControlChannel::new(Arc::new(Pipes(pipes)), Policy::default(), Policy::default(), 7).start();
+        // The attachment is asked to wait, or answered after the session was forgotten.
+        for answer in [
+            Message::Defer(Defer { milliseconds: 300_000 }),
+            Message::Refused(Refused::new(RefusalCode::NoSuchSession, "forgotten here, too")),
+        ] {
+            let opening = actix_rt::spawn(channel.send(begin()));
+            let mut seat = Seat::take(&mut connections).await;
+            let (tag, _) = seat.hear().await;
+            seat.say(tag, &Message::SessionOpened(opened())).await;
+            opening.await.unwrap().unwrap().unwrap();
+            drop(seat);
+            let mut seat = Seat::take(&mut connections).await;
+            let (tag, asked) = seat.hear().await;
+            assert!(matches!(asked, Message::Attach(_)), "{asked:?}");
+            channel.do_send(ForgetSession);
+            let asking = actix_rt::spawn(channel.send(AskServer(Message::GetStatus)));
+            seat.say(tag, &answer).await;
+            let (tag, asked) = seat.hear().await;
+            assert_eq!(asked, Message::GetStatus, "after {answer:?}");
+            seat.say(tag, &Message::RepositoryCreated).await;
+            assert_eq!(asking.await.unwrap().unwrap().unwrap(), Message::RepositoryCreated);
+            // The next round begins on a connection of its own.
+            drop(seat);
+        }
     });
 }

@@ -128,13 +128,15 @@ impl Reconnect {
     /// The peer asked to come back after `wait` (at most [`DEFER_MAX`] of it is honoured). Costs nothing of the budget.
     ///
     /// Up to a quarter of the wait is added at random, at most `cap`, so that those who were sent away together do not
-    /// return together.
+    /// return together. Waits that overlap count once.
     pub fn deferred(&mut self, now: Instant, wait: Duration) -> Next {
         let wait = wait.min(DEFER_MAX);
         let spread = (wait / 4).max(self.policy.base).min(self.policy.cap);
+        let waits_until = self.incident.map_or(now, |incident| incident.due.max(now));
         let next = self.retry_within(now, wait, spread);
         if let (Some(incident), Next::RetryAt(at)) = (&mut self.incident, next) {
-            incident.deferred = incident.deferred.saturating_add(at.saturating_duration_since(now));
+            incident.deferred = incident.deferred.saturating_add(at.saturating_duration_since(waits_until));
+            incident.due = at.max(waits_until);
         }
         next
     }
@@ -267,6 +269,19 @@ mod tests {
             assert!(matches!(reconnect.failed(now), Next::RetryAt(_)));
         }
         assert_eq!(reconnect.failed(now), Next::GiveUp);
+    }
+
+    #[test]
+    fn s18_waits_that_overlap_count_once() {
+        let now = clock::now();
+        let mut reconnect = Reconnect::new(five_attempts(), 9);
+        reconnect.failed(now);
+        for minutes in [40, 20, 50, 10, 50] {
+            reconnect.deferred(now, Duration::from_mins(minutes));
+        }
+        let at = |minutes| now + Duration::from_mins(minutes);
+        assert!(matches!(reconnect.failed(at(75)), Next::RetryAt(_)), "25 minutes and what was waited for");
+        assert_eq!(reconnect.failed(at(85)), Next::GiveUp);
     }
 
     #[test]

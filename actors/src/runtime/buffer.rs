@@ -86,6 +86,25 @@ impl BlockBuffer {
     pub fn truncate(&mut self, len: usize) {
         self.len = self.len.min(len);
     }
+
+    /// The same bytes in memory that fits them, if this is much more: for those that are kept.
+    #[must_use]
+    pub fn fitted(self) -> Self {
+        if self.memory_bytes() <= 2 * self.len.max(LONG_BYTES_MIN) {
+            return self;
+        }
+        let mut fitted = Self::with_len(self.len);
+        fitted.copy_from_slice(&self);
+        fitted
+    }
+
+    /// What it takes of the machine's memory, bytes: what was written to it, by earlier blocks too.
+    pub fn memory_bytes(&self) -> usize {
+        match &self.place {
+            Place::Allocated(bytes) => bytes.capacity(),
+            Place::Mapped(memory) => memory.written_bytes_max,
+        }
+    }
 }
 
 impl Drop for BlockBuffer {
@@ -145,6 +164,18 @@ mod tests {
             buffer.truncate(len);
             assert_eq!(buffer.len(), len / 2, "what is cut off does not come back");
         }
+    }
+
+    #[test]
+    fn what_is_kept_takes_what_it_needs() {
+        let mut large = BlockBuffer::with_len(4 << 20);
+        large.fill(3);
+        large.truncate(100);
+        assert!(large.memory_bytes() >= 4 << 20);
+        let fitted = large.fitted();
+        assert!(fitted.len() == 100 && fitted.iter().all(|byte| *byte == 3) && fitted.memory_bytes() < 1000);
+        let exact = BlockBuffer::with_len(1 << 20).fitted();
+        assert!(exact.len() == 1 << 20 && exact.memory_bytes() <= 2 << 20);
     }
 
     #[test]

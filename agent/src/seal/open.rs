@@ -125,6 +125,7 @@ impl Opener {
         let mut plaintext = BlockBuffer::with_len(capacity);
         let written = decompressor.decompress_to_buffer(body, &mut *plaintext).map_err(|_| refused())?;
         plaintext.truncate(written);
+        let plaintext = plaintext.fitted();
         let mut kept = self.shared.decompressors.lock();
         if kept.len() < DECOMPRESSORS_MAX {
             kept.push(decompressor);
@@ -199,7 +200,7 @@ impl OpenedBlock {
     /// Bytes of memory that the block takes, about.
     pub fn memory_bytes(&self) -> usize {
         let references: usize = self.rows.iter().map(|row| row.references.len()).sum();
-        self.plaintext.len() + self.rows.len() * 96 + references * REFERENCE_BYTES
+        self.plaintext.memory_bytes() + self.rows.len() * 96 + references * REFERENCE_BYTES
     }
 
     /// The chunk in row `index`, verified against its id. An index without a row is [`OpenError::Format`].

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use data_encoding::HEXLOWER;
-use strandline_messages::format::keys::KeySlotV1;
+use strandline_messages::format::keys::{KeySlotV1, SlotKind};
 use strandline_messages::format::repository::RepositoryV1;
 use strandline_messages::{RepositoryId, limits};
 
@@ -66,9 +66,8 @@ impl Repository {
 /// The slots of a new repository with their names, checked.
 pub(super) fn named_slots(file: &RepositoryV1, slots: Vec<Vec<u8>>) -> Result<NamedSlots, EngineError> {
     let refused = |reason: &str| EngineError::BadSlot { reason: reason.to_owned() };
-    let bytes: usize = slots.iter().map(Vec::len).sum();
-    if slots.len() > limits::KEY_SLOTS_MAX || bytes > limits::KEY_SLOTS_BYTES_MAX {
-        return Err(refused("there are too many"));
+    if let Some(limit) = exceeded(&slots) {
+        return Err(refused(&limit));
     }
     let mut named = NamedSlots::new();
     for bytes in slots {
@@ -79,6 +78,23 @@ pub(super) fn named_slots(file: &RepositoryV1, slots: Vec<Vec<u8>>) -> Result<Na
         named.push((HEXLOWER.encode(&slot.id), bytes));
     }
     Ok(named)
+}
+
+/// The limit that these slots of one repository exceed together.
+fn exceeded(slots: &[Vec<u8>]) -> Option<String> {
+    let (count_max, bytes_max, passphrases_max) =
+        (limits::KEY_SLOTS_MAX, limits::KEY_SLOTS_BYTES_MAX, limits::PASSPHRASE_SLOTS_MAX);
+    if slots.len() > count_max {
+        return Some(format!("the limit is {count_max}"));
+    }
+    if slots.iter().map(Vec::len).sum::<usize>() > bytes_max {
+        return Some(format!("the limit is {} KiB for all", bytes_max >> 10));
+    }
+    let is_passphrase =
+        |slot: &&Vec<u8>| KeySlotV1::decode(slot).is_ok_and(|slot| matches!(slot.kind, SlotKind::Passphrase { .. }));
+    // On one more no passphrase would be tried.
+    let passphrases = slots.iter().filter(is_passphrase).count();
+    (passphrases > passphrases_max).then(|| format!("the limit is {passphrases_max} for passphrases"))
 }
 
 fn add(directory: &Path, repository: RepositoryId, bytes: &[u8]) -> Result<(), EngineError> {
@@ -94,18 +110,13 @@ fn add(directory: &Path, repository: RepositoryId, bytes: &[u8]) -> Result<(), E
         // A request whose answer was lost comes again.
         return if there == bytes { Ok(()) } else { Err(refused(format!("there is another slot {name}"))) };
     }
-    let slots = list(directory)?;
-    let mut total = bytes.len() as u64;
-    for (_, path) in &slots {
-        total += std::fs::metadata(path).map_err(StorageError::io("look at", path))?.len();
+    let mut slots = vec![bytes.to_vec()];
+    for (_, path) in list(directory)? {
+        slots.extend(files::read_small(&path, limits::KEY_SLOT_BYTES_MAX)?);
     }
-    if slots.len() >= limits::KEY_SLOTS_MAX || total > limits::KEY_SLOTS_BYTES_MAX as u64 {
-        let (count, room) = (slots.len(), limits::KEY_SLOTS_BYTES_MAX >> 10);
-        let reason = format!(
-            "there are {count} already, and the limit is {} of together {room} KiB; remove one that nobody needs",
-            limits::KEY_SLOTS_MAX
-        );
-        return Err(refused(reason));
+    if let Some(limit) = exceeded(&slots) {
+        let count = slots.len() - 1;
+        return Err(refused(format!("there are {count} already, and {limit}; remove one that nobody needs")));
     }
     Ok(files::write_atomically(&path, bytes)?)
 }
@@ -234,8 +245,27 @@ mod tests {
         for n in 2..2 + fit {
             one.add_slot(long(n)).await.unwrap();
         }
-        refused(one.add_slot(long(200)).await, "the limit");
+        refused(one.add_slot(long(200)).await, "the limit is 896 KiB");
         assert_eq!(one.slots().await.unwrap().len(), 1 + usize::from(fit));
+    }
+
+    #[actix_rt::test]
+    async fn no_passphrase_gets_a_slot_on_which_it_would_not_be_tried() {
+        let dir = tempfile::tempdir().unwrap();
+        let engine = open(dir.path()).await;
+        let one = repository(&engine).await;
+        let passphrase = |n: u8| {
+            let mut slot = KeySlotV1::decode(&slot(n)).unwrap();
+            slot.kind = SlotKind::Passphrase { memory_kib: 8, passes: 1, lanes: 1 };
+            slot.encode()
+        };
+        let most = u8::try_from(limits::PASSPHRASE_SLOTS_MAX).unwrap();
+        for n in 1..=most {
+            one.add_slot(passphrase(n)).await.unwrap();
+        }
+        let refused = one.add_slot(passphrase(most + 1)).await.unwrap_err().to_string();
+        assert!(refused.contains("for passphrases; remove one"), "{refused}");
+        one.add_slot(slot(most + 1)).await.unwrap();
     }
 
     #[actix_rt::test]
