@@ -4,6 +4,8 @@
 //! opens another one with `resume_of` where the server has lost it, and sends unanswered requests again: its callers see
 //! an answer or a lasting failure, never a lost connection (G6). It ends when its owner closes it.
 
+mod attachment;
+
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -14,12 +16,12 @@ use actix::{
 };
 use futures_util::FutureExt;
 use strandline_messages::wire::{
-    Ack, Attach, Committed, Defer, Hello, Message, OpenSession, Ping, Pong, Purpose, RefusalCode, Refused,
-    SessionOpened, Tag,
+    Attach, Committed, Defer, Hello, Message, OpenSession, Ping, Pong, Purpose, RefusalCode, Refused, SessionOpened,
+    Tag,
 };
 use strandline_messages::{Incarnation, SessionId};
 use tokio::sync::oneshot;
-use tracing::{debug, info, warn};
+use tracing::{debug, warn};
 
 use crate::dispatcher::{DispatchFailed, LearnDurable, SendAgain, UseSession};
 use crate::machines::reconnect::{Next, Policy, Reconnect};
@@ -27,7 +29,6 @@ use crate::planted::{self, Bug};
 use crate::runtime::clock;
 use crate::runtime::link::{FrameArrived, Link, ReadEnded, Wrote};
 use crate::runtime::transport::{ConnectFault, Connection, Connector, open};
-use crate::stream_pool::SessionGrant;
 
 const TICK: Duration = Duration::from_secs(1);
 /// Quiet for so long: ping.
@@ -253,6 +254,13 @@ impl ControlChannel {
         }
     }
 
+    /// Whether an answer with this tag is expected.
+    fn awaits(&self, tag: Tag) -> bool {
+        let own = self.own.map(Own::tag);
+        let opening = self.opening.as_ref().map(|(opening, _)| *opening);
+        own == Some(tag) || opening == Some(tag) || self.pending.contains_key(&tag)
+    }
+
     /// What was asked under this tag and is not answered, as it is asked on the connection of the moment.
     fn asked(&self, tag: Tag) -> Option<Message> {
         if let (Some(own), Some(attachment)) = (self.own.filter(|own| own.tag() == tag), &self.attachment) {
@@ -288,8 +296,7 @@ impl ControlChannel {
 
     /// The server wants to be asked again later. Another connection asks by itself.
     fn deferred(&mut self, tag: Tag, defer: Defer, ctx: &mut Context<Self>) {
-        let is_own = self.own.is_some_and(|own| own.tag() == tag);
-        if !is_own && self.asked(tag).is_none() {
+        if !self.awaits(tag) {
             return;
         }
         let now = clock::now();
@@ -411,94 +418,6 @@ impl ControlChannel {
             self.lost(&refusal.message, ctx);
         } else if self.attachment.is_some() {
             self.fail(&AskError::Refused(refusal), ctx);
-        }
-    }
-
-    fn open_answered(&mut self, message: Message) {
-        let Some((_, reply)) = self.opening.take() else { return };
-        let answer = match message {
-            Message::SessionOpened(opened) => {
-                self.reconnect = Reconnect::new(self.policy, u64::from(self.next_tag));
-                self.session_opened(&opened);
-                Ok(opened)
-            }
-            Message::Refused(refusal) => Err(AskError::Refused(refusal)),
-            other => Err(AskError::Refused(Refused::new(
-                RefusalCode::Internal,
-                format!("the server answered OpenSession with {}", other.name()),
-            ))),
-        };
-        let _ = reply.send(answer);
-    }
-
-    fn session_opened(&mut self, opened: &SessionOpened) {
-        if let Some(attachment) = &mut self.attachment {
-            attachment.incarnation = opened.incarnation;
-            attachment.opened = Some(opened.clone());
-            if let Some(dispatcher) = &attachment.dispatcher {
-                dispatcher.session.do_send(UseSession(SessionGrant::from(opened)));
-            }
-        }
-    }
-
-    fn attach_answered(&mut self, message: Message, ctx: &mut Context<Self>) {
-        match message {
-            Message::Attached(attached) => {
-                info!("re-attached to the session");
-                if let Some(attachment) = &mut self.attachment {
-                    attachment.incarnation = attached.incarnation;
-                    if let Some(dispatcher) = &attachment.dispatcher {
-                        let ack = Ack { watermark: attached.watermark, ranges: attached.ranges };
-                        dispatcher.durable.do_send(LearnDurable(ack));
-                    }
-                }
-                self.become_ready(ctx);
-            }
-            Message::Refused(refusal) if refusal.code == RefusalCode::NoSuchSession => self.resume(ctx),
-            Message::Refused(refusal) if refusal.code == RefusalCode::Stopping => self.lost(&refusal.message, ctx),
-            Message::Refused(refusal) => self.fail(&AskError::Refused(refusal), ctx),
-            other => self.lost(&format!("Attach was answered with {}", other.name()), ctx),
-        }
-    }
-
-    /// The server has lost the session: another one carries on for it.
-    fn resume(&mut self, ctx: &mut Context<Self>) {
-        let tag = self.tag();
-        self.own = Some(Own::Resume(tag));
-        self.ask(tag, ctx);
-    }
-
-    fn resume_answered(&mut self, message: Message, ctx: &mut Context<Self>) {
-        match message {
-            Message::SessionOpened(opened) => {
-                warn!("the server had lost the session; another one carries on for it");
-                self.session_opened(&opened);
-                // A commit names the number of blocks of its session: it must be asked anew.
-                if !planted::here(Bug::CommitsWithTheOldCount) {
-                    self.settle_commits(&Err(AskError::Replaced));
-                }
-                self.become_ready(ctx);
-            }
-            Message::Committed(committed) => {
-                self.settle_commits(&Ok(Message::Committed(committed.clone())));
-                if let Some(attachment) = &mut self.attachment {
-                    attachment.committed = Some(committed);
-                }
-                self.become_ready(ctx);
-            }
-            Message::Refused(refusal) if refusal.code == RefusalCode::Stopping => self.lost(&refusal.message, ctx),
-            Message::Refused(refusal) => self.fail(&AskError::Refused(refusal), ctx),
-            other => self.lost(&format!("OpenSession was answered with {}", other.name()), ctx),
-        }
-    }
-
-    fn settle_commits(&mut self, answer: &Result<Message, AskError>) {
-        let is_commit = |(_, pending): &(&Tag, &Pending)| matches!(pending.request, Request::Fixed(Message::Commit(_)));
-        let tags: Vec<_> = self.pending.iter().filter(is_commit).map(|(tag, _)| *tag).collect();
-        for tag in tags {
-            if let Some(pending) = self.pending.remove(&tag) {
-                let _ = pending.reply.send(answer.clone());
-            }
         }
     }
 

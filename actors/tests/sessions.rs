@@ -7,6 +7,7 @@
     reason = "tests; helpers are not `#[test]` functions"
 )]
 
+mod deferral;
 mod support;
 
 use std::sync::atomic::Ordering;

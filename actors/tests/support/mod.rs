@@ -134,6 +134,18 @@ impl Host for MemoryHost {
     }
 }
 
+/// Opens a backup session.
+pub fn begin(dispatcher: Option<Dispatching>) -> BeginSession {
+    let opener = Arc::new(|_: &[u8; 32], resume_of| OpenSession {
+        kind: SessionKind::Backup,
+        repository: "main".parse().unwrap(),
+        resume_of,
+        writer: vec![0; 97].into(),
+        proof: vec![0; 64].into(),
+    });
+    BeginSession { opener, dispatcher }
+}
+
 /// The server's actors on the current arbiter.
 #[derive(Clone)]
 pub struct Server {
@@ -357,14 +369,7 @@ impl Agent {
             again: dispatcher.clone().recipient(),
             failed: job.recipient(),
         };
-        let opener = Arc::new(|_: &[u8; 32], resume_of| OpenSession {
-            kind: SessionKind::Backup,
-            repository: "main".parse().unwrap(),
-            resume_of,
-            writer: vec![0; 97].into(),
-            proof: vec![0; 64].into(),
-        });
-        control.send(BeginSession { opener, dispatcher: Some(news) }).await.unwrap()?;
+        control.send(begin(Some(news))).await.unwrap()?;
         Ok(Self { control, dispatcher, counters, fate })
     }
 

@@ -1,25 +1,24 @@
 //! Scenario 18 on a connection: a server that asks to wait is asked again, whatever it was asked. No server of this version
 //! defers; agents of this version obey those of later ones.
 
-#![expect(clippy::unwrap_used, reason = "tests; helpers are not `#[test]` functions")]
-
 use std::sync::Arc;
 use std::time::Duration;
 
 use actix::{Actor, Addr};
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
-use strandline_actors::control_channel::{AskServer, BeginSession, CloseChannel, ControlChannel, ForgetSession};
+use strandline_actors::control_channel::{AskServer, CloseChannel, ControlChannel, ForgetSession};
 use strandline_actors::machines::reconnect::Policy;
 use strandline_actors::runtime::transport::{ConnectFault, Connection, Connector, hello};
 use strandline_messages::wire::{
-    Attached, Defer, Frame, FrameDecoder, Message, OpenSession, Pong, Purpose, RefusalCode, Refused, SessionKind,
-    SessionOpened, Tag,
+    Attached, Defer, Frame, FrameDecoder, Message, OpenSession, Pong, Purpose, RefusalCode, Refused, SessionOpened, Tag,
 };
 use strandline_messages::{Incarnation, SessionId, SessionToken};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
+
+use crate::support::begin;
 
 /// Longer than silence is borne, so that the connection must be kept alive meanwhile.
 const ASKED_TO_WAIT: Duration = Duration::from_mins(5);
@@ -105,17 +104,6 @@ fn opened() -> SessionOpened {
     }
 }
 
-fn begin() -> BeginSession {
-    let opener = Arc::new(|_: &[u8; 32], resume_of| OpenSession {
-        kind: SessionKind::Backup,
-        repository: "main".parse().unwrap(),
-        resume_of,
-        writer: vec![0; 97].into(),
-        proof: vec![0; 64].into(),
-    });
-    BeginSession { opener, dispatcher: None }
-}
-
 /// Runs a test on a clock that stands still while anybody works; some hours on it are a hang.
 fn held(test: impl Future<Output = ()>) {
     let runtime = || tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
@@ -131,7 +119,7 @@ fn s18_whatever_is_deferred_is_asked_again_later_on_the_same_connection() {
         let patience = Policy { attempts_max: 1, ..Policy::default() };
         let channel: Addr<ControlChannel> = ControlChannel::new(Arc::new(Pipes(pipes)), patience, patience, 7).start();
 
-        let opening = actix_rt::spawn(channel.send(begin()));
+        let opening = actix_rt::spawn(channel.send(begin(None)));
         let mut seat = Seat::take(&mut connections).await;
         let asked = seat.defer_then_answer(Message::SessionOpened(opened())).await;
         assert!(matches!(asked, Message::OpenSession(OpenSession { resume_of: None, .. })), "{asked:?}");
@@ -168,7 +156,7 @@ fn s18_a_session_that_is_forgotten_while_its_attachment_waits_holds_nothing_up()
             Message::Defer(Defer { milliseconds: 300_000 }),
             Message::Refused(Refused::new(RefusalCode::NoSuchSession, "forgotten here, too")),
         ] {
-            let opening = actix_rt::spawn(channel.send(begin()));
+            let opening = actix_rt::spawn(channel.send(begin(None)));
             let mut seat = Seat::take(&mut connections).await;
             let (tag, _) = seat.hear().await;
             seat.say(tag, &Message::SessionOpened(opened())).await;
