@@ -118,10 +118,11 @@ fn look_up(index: &SegmentIndex, lookups: u64, entries: u64, hits: bool) -> anyh
     Ok(())
 }
 
-/// While a merge runs there is a temporary file beside the segments.
+/// While a merge runs there is a temporary file beside the segments; its end, when the new segment is opened, takes
+/// less than a second.
 fn wait_for_merges(directory: &Path) -> anyhow::Result<()> {
     let mut quiet = 0;
-    while quiet < 3 {
+    while quiet < 20 {
         thread::sleep(Duration::from_millis(50));
         let files = fs::read_dir(directory)?.collect::<Result<Vec<_>, _>>()?;
         let done = |file: &fs::DirEntry| {

@@ -6,47 +6,71 @@
 
 use std::io::{self, Read, Write};
 
+use memmap2::MmapMut;
 use strandline_messages::ChunkId;
 
 const BITS_PER_KEY: usize = 12;
 const WORDS: usize = 8;
+const WORD_BYTES: usize = 8;
 const BLOCK_BITS: usize = WORDS * 64;
-const BLOCK_BYTES: usize = WORDS * 8;
+const BLOCK_BYTES: usize = WORDS * WORD_BYTES;
+
+type Block = [u8; BLOCK_BYTES];
 
 /// A filter over the ids of one segment.
-#[derive(Clone, Debug, PartialEq, Eq)]
+///
+/// Filters are the most that an index holds, and merges replace large ones: they lie in mappings of their own, because an
+/// allocator would keep what they leave.
+#[derive(Debug)]
 pub struct Filter {
-    blocks: Vec<[u64; WORDS]>,
+    /// Blocks of words, little endian, as in the file.
+    bytes: MmapMut,
 }
 
 impl Filter {
-    /// Empty, with room for `keys` ids.
-    pub fn with_capacity(keys: usize) -> Self {
-        Self { blocks: vec![[0; WORDS]; (keys * BITS_PER_KEY).div_ceil(BLOCK_BITS).max(1)] }
+    /// Empty, with room for `keys` ids. Fails if the system has no memory.
+    pub fn with_capacity(keys: usize) -> io::Result<Self> {
+        Self::of_blocks(keys.saturating_mul(BITS_PER_KEY).div_ceil(BLOCK_BITS).max(1))
+    }
+
+    fn of_blocks(blocks: usize) -> io::Result<Self> {
+        let bytes = blocks.checked_mul(BLOCK_BYTES).ok_or(io::ErrorKind::OutOfMemory)?;
+        Ok(Self { bytes: MmapMut::map_anon(bytes)? })
+    }
+
+    fn blocks(&self) -> &[Block] {
+        self.bytes.as_chunks().0
     }
 
     /// Adds an id.
     pub fn insert(&mut self, id: &ChunkId) {
-        let (block, mask) = self.place(id);
-        if let Some(block) = self.blocks.get_mut(block) {
-            block.iter_mut().zip(mask).for_each(|(word, bit)| *word |= bit);
+        let (block, mask) = place(id, self.blocks().len());
+        let (blocks, _) = self.bytes.as_chunks_mut::<BLOCK_BYTES>();
+        if let Some(block) = blocks.get_mut(block) {
+            let (words, _) = block.as_chunks_mut::<WORD_BYTES>();
+            words.iter_mut().zip(mask).for_each(|(word, bit)| *word = (u64::from_le_bytes(*word) | bit).to_le_bytes());
         }
     }
 
     /// `false`: the id was certainly not added.
     pub fn may_contain(&self, id: &ChunkId) -> bool {
-        let (block, mask) = self.place(id);
-        self.blocks.get(block).is_some_and(|block| block.iter().zip(mask).all(|(word, bit)| word & bit != 0))
+        let blocks = self.blocks();
+        let (block, mask) = place(id, blocks.len());
+        let in_block = |block: &Block| {
+            let (words, _) = block.as_chunks::<WORD_BYTES>();
+            words.iter().zip(mask).all(|(word, bit)| u64::from_le_bytes(*word) & bit != 0)
+        };
+        blocks.get(block).is_some_and(in_block)
     }
 
     /// Its length as [`Filter::write`] writes it, bytes.
     pub fn encoded_bytes(&self) -> usize {
-        self.blocks.len() * BLOCK_BYTES
+        self.bytes.len()
     }
 
-    /// Writes the words, little endian; never holds them a second time.
+    /// Writes the words.
     pub fn write(&self, out: &mut impl Write) -> io::Result<()> {
-        self.blocks.iter().flatten().try_for_each(|word| out.write_all(&word.to_le_bytes()))
+        out.write_all(&self.bytes)
     }
 
     /// Reads a filter of `bytes` bytes; [`io::ErrorKind::InvalidData`] if that is not a whole number of blocks.
@@ -55,26 +79,23 @@ impl Filter {
         if blocks == 0 || !bytes.is_multiple_of(BLOCK_BYTES as u64) {
             return Err(io::ErrorKind::InvalidData.into());
         }
-        let mut filter = Self { blocks: vec![[0; WORDS]; blocks] };
-        for word in filter.blocks.iter_mut().flatten() {
-            let mut bytes = [0; 8];
-            input.read_exact(&mut bytes)?;
-            *word = u64::from_le_bytes(bytes);
-        }
+        let mut filter = Self::of_blocks(blocks)?;
+        input.read_exact(&mut filter.bytes)?;
         Ok(filter)
     }
+}
 
-    fn place(&self, id: &ChunkId) -> (usize, [u64; WORDS]) {
-        let (lead, rest) = id.as_bytes().split_first_chunk::<8>().unwrap_or((&[0; 8], &[]));
-        let second = rest.first_chunk::<8>().copied().unwrap_or_default();
-        let scaled = (u128::from(u64::from_be_bytes(*lead)) * self.blocks.len() as u128) >> 64;
-        let hash = mix(u64::from_le_bytes(second));
-        let mut mask = [0; WORDS];
-        for (i, bit) in mask.iter_mut().enumerate() {
-            *bit = 1 << ((hash >> (6 * i)) & 63);
-        }
-        (usize::try_from(scaled).unwrap_or(usize::MAX), mask)
+/// The block of an id, and its bit in each of the block's words.
+fn place(id: &ChunkId, blocks: usize) -> (usize, [u64; WORDS]) {
+    let (lead, rest) = id.as_bytes().split_first_chunk::<8>().unwrap_or((&[0; 8], &[]));
+    let second = rest.first_chunk::<8>().copied().unwrap_or_default();
+    let scaled = (u128::from(u64::from_be_bytes(*lead)) * blocks as u128) >> 64;
+    let hash = mix(u64::from_le_bytes(second));
+    let mut mask = [0; WORDS];
+    for (i, bit) in mask.iter_mut().enumerate() {
+        *bit = 1 << ((hash >> (6 * i)) & 63);
     }
+    (usize::try_from(scaled).unwrap_or(usize::MAX), mask)
 }
 
 // The finaliser of SplitMix64.
@@ -105,7 +126,7 @@ mod tests {
 
     #[test]
     fn every_id_added_is_found_and_few_others_are() {
-        let mut filter = Filter::with_capacity(20_000);
+        let mut filter = Filter::with_capacity(20_000).unwrap();
         (0..20_000).for_each(|i| filter.insert(&id(i)));
         let filter = read(&written(&filter)).unwrap();
         assert!((0..20_000).all(|i| filter.may_contain(&id(i))));
@@ -115,7 +136,7 @@ mod tests {
 
     #[test]
     fn a_cut_filter_is_refused() {
-        let bytes = written(&Filter::with_capacity(100));
+        let bytes = written(&Filter::with_capacity(100).unwrap());
         assert!(read(&bytes[..bytes.len() - 8]).is_err());
         assert!(read(&[]).is_err());
         assert!(Filter::read(&mut &bytes[8..], bytes.len() as u64).is_err());

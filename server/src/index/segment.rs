@@ -255,7 +255,7 @@ pub fn write(
     let failed = || IndexError::io("write", &path);
     let file = tempfile::Builder::new().prefix(TEMPORARY_PREFIX).tempfile_in(directory).map_err(failed())?;
     let mut out = BufWriter::with_capacity(BUFFER_BYTES, file);
-    let mut filter = Filter::with_capacity(entries_max);
+    let mut filter = Filter::with_capacity(entries_max).map_err(failed())?;
     let mut fences: Vec<u8> = Vec::with_capacity(entries_max.div_ceil(PAGE_ENTRIES) * 8);
     let mut body: Vec<u8> = Vec::with_capacity(PAGE_BODY_BYTES);
     let mut count = 0u64;
