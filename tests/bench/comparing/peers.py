@@ -24,7 +24,7 @@ PACKAGES = {"socat": "socat", "zstd": "zstd", "restic": "restic", "sshd": "opens
 # Programs from crates.io: the crate, what it needs to build, and options. What rustic leaves out is no part of a backup: a
 # screen interface, metrics, a WebDAV server.
 CRATES = {"rustic": ("rustic-rs", "", ["--no-default-features"]), "rustic-server": ("rustic_server", "", []),
-          "bupstash": ("bupstash", "libsodium-dev pkg-config", [])}
+          "bupstash": ("bupstash", "libsodium-dev pkg-config", []), "inferno-flamegraph": ("inferno", "", [])}
 # Newer than Debian's, where pip can build it or has it built.
 BORG = "borgbackup==1.4.*"
 
@@ -44,6 +44,7 @@ def gather(place: Place, tools: list[str], network: bool, strand: Path | None, s
         "rustic": [_crate("rustic")] + [_rest_server, _certificate] * network,
         "borg": [_borg] + [_packaged("ssh"), _packaged("sshd")] * network,
         "bupstash": [_crate("bupstash")] + [_packaged("ssh"), _packaged("sshd")] * network,
+        "flames": [_crate("inferno-flamegraph")],
     }
     for tool in tools:
         for step in wanted.get(tool, []):

@@ -10,7 +10,7 @@ from .base import Kit, Tool
 
 class Strandline(Tool):
     name = "strandline"
-    terms = ("fsync of data and manifest before the commit is answered; zstd 3; AES-256-GCM at rest, "
+    terms = ("fsync of data and manifest before the commit is answered; zstd 3, up to 6 where processors are idle; AES-256-GCM at rest, "
              "mutual TLS 1.3 on the way")
 
     @classmethod
