@@ -17,7 +17,7 @@ use strandline_actors::dispatcher::{
 };
 use strandline_actors::runtime::budget::ByteBudget;
 use strandline_actors::runtime::clock;
-use strandline_messages::format::block::ChunkRow;
+use strandline_messages::format::block::{ChunkRow, Codec};
 use strandline_messages::format::manifest::{DetailsV1, Totals};
 use strandline_messages::format::repository::RepositoryV1;
 use strandline_messages::wire::{Ack, Commit, Committed, Message, SessionKind, SnapshotFate};
@@ -75,13 +75,17 @@ impl From<AskError> for JobError {
 }
 
 impl BlockSealer for Sealer {
+    fn set_level(&mut self, level: i32) -> Result<(), BackupError> {
+        Self::set_level(self, level).map_err(|error| BackupError::Port(Box::new(error)))
+    }
+
     fn seal(
         &mut self,
         kind: ChunkKind,
         rows: &[ChunkRow],
         body: &mut Body,
         out: &mut Vec<u8>,
-    ) -> Result<(), BackupError> {
+    ) -> Result<Codec, BackupError> {
         Self::seal(self, kind, rows, body, out).map_err(|error| BackupError::Port(Box::new(error)))
     }
 }
@@ -103,8 +107,6 @@ pub struct BackupRequest {
     pub time_ns: Option<i64>,
     /// Send and store nothing.
     pub dry_run: bool,
-    /// zstd level.
-    pub level: i32,
     /// Host label.
     pub host: String,
     /// Tags.
@@ -383,7 +385,7 @@ impl Run<'_> {
                 if request.dry_run {
                     return Ok(Box::new(NullSealer));
                 }
-                Ok(Box::new(Sealer::with_data_key(data_key.clone(), request.level)))
+                Ok(Box::new(Sealer::with_data_key(data_key.clone(), request.plan.compression.first())))
             };
             let discarding = DiscardingSink;
             let sink: &dyn BlockSink = if request.dry_run {

@@ -304,6 +304,37 @@ fn excludes_tags_and_quiet_do_what_they_say() -> Result<()> {
 }
 
 #[test]
+fn compression_is_as_hard_as_was_wished_for() -> Result<()> {
+    let local = Local::new()?;
+    let (source, settings) = (local.path("rows"), local.path("home").join(".config/strandline/strand.toml"));
+    fs::create_dir(&source)?;
+    let rows: Vec<String> = (0..60_000u64).map(|n| format!("{n};{};\n", n * n * 7919 % 10_007)).collect();
+    fs::write(source.join("rows.csv"), rows.concat())?;
+    let stored = |repository: &str, arguments: &[&str]| -> Result<u64> {
+        let agent = Agent::local(&local.path("home"), &local.path(repository))?;
+        agent.backup(&source, arguments)?.count("bytes_stored")
+    };
+    let fast = stored("fast", &["--compression", "1"])?;
+    let small = stored("small", &["--compression", "19"])?;
+    let automatic = stored("auto", &["--compression", "auto"])?;
+    ensure!(small < fast * 9 / 10 && small < automatic * 9 / 10, "{small} {fast} {automatic}");
+    fs::write(&settings, "compression = \"19\"\n")?;
+    let set = stored("set", &[])?;
+    ensure!(set < fast * 9 / 10 && set < automatic * 9 / 10, "by the settings {set}; {fast} {automatic}");
+
+    for wrong in ["0", "20", "fast"] {
+        let refused = local.agent.run(&["backup", text(&source)?, "--compression", wrong])?.expect_code(1)?;
+        ensure!(refused.stderr.contains("from 1 (fast) to 19 (small)"), "{refused:?}");
+    }
+    fs::write(&settings, "compression = \"hard\"\n")?;
+    for command in [&["backup", text(&source)?][..], &["prune", "--repack"]] {
+        let refused = local.agent.run(command)?.expect_code(1)?;
+        ensure!(refused.stderr.contains("the setting `compression`"), "{refused:?}");
+    }
+    Ok(())
+}
+
+#[test]
 fn completions_exist_for_every_shell_and_a_closed_pipe_is_no_error() -> Result<()> {
     let home = tempfile::tempdir()?;
     for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {

@@ -7,7 +7,7 @@ use std::sync::atomic::AtomicBool;
 
 use bytes::Bytes;
 use parking_lot::Mutex;
-use strandline_messages::format::block::{ChunkRow, TableRows, encode_row};
+use strandline_messages::format::block::{ChunkRow, Codec, TableRows, encode_row};
 use strandline_messages::format::chunk::{Reference, chunk_id};
 use strandline_messages::format::cursor::{Decoder, Encoder};
 use strandline_messages::format::repository::ChunkingV1;
@@ -86,7 +86,7 @@ impl BlockSealer for PlainSealer {
         rows: &[ChunkRow],
         body: &mut Body,
         out: &mut Vec<u8>,
-    ) -> Result<(), BackupError> {
+    ) -> Result<Codec, BackupError> {
         let mut table = Vec::new();
         for row in rows {
             encode_row(kind, &row.id, &row.references, &mut table);
@@ -97,7 +97,7 @@ impl BlockSealer for PlainSealer {
         out.put_u32(u32::try_from(rows.len()).unwrap());
         out.put_string(&table);
         out.extend_from_slice(body.input());
-        Ok(())
+        Ok(Codec::Stored)
     }
 }
 

@@ -20,6 +20,7 @@ pub mod ports;
 pub mod progress;
 mod reader;
 mod run;
+mod seal_stage;
 mod stream;
 mod trees;
 

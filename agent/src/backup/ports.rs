@@ -4,7 +4,7 @@
 use std::any::Any;
 
 use bytes::Bytes;
-use strandline_messages::format::block::ChunkRow;
+use strandline_messages::format::block::{ChunkRow, Codec};
 use strandline_messages::ids::{ChunkId, ChunkKind};
 
 use super::BackupError;
@@ -58,14 +58,20 @@ pub trait BlockSink: Send + Sync {
 
 /// Seals blocks; one per sealing thread, so that it can reuse its buffers.
 pub trait BlockSealer: Send {
-    /// Replaces `out`, which is empty, by the sealed block. `body` holds one chunk for each of `rows`.
+    /// The level of zstd from the next block on, if it compresses at all.
+    fn set_level(&mut self, _level: i32) -> Result<(), BackupError> {
+        Ok(())
+    }
+
+    /// Replaces `out`, which is empty, by the sealed block, and says how its content was coded. `body` holds one chunk for
+    /// each of `rows`.
     fn seal(
         &mut self,
         kind: ChunkKind,
         rows: &[ChunkRow],
         body: &mut Body,
         out: &mut Vec<u8>,
-    ) -> Result<(), BackupError>;
+    ) -> Result<Codec, BackupError>;
 }
 
 /// Makes one sealer per sealing thread.
@@ -121,7 +127,7 @@ impl BlockSealer for NullSealer {
         _rows: &[ChunkRow],
         _body: &mut Body,
         _out: &mut Vec<u8>,
-    ) -> Result<(), BackupError> {
-        Ok(())
+    ) -> Result<Codec, BackupError> {
+        Ok(Codec::Stored)
     }
 }

@@ -17,12 +17,13 @@ use zeroize::{Zeroize, ZeroizeOnDrop};
 
 use super::BackupError;
 use super::assemble::{Assembled, Assembler};
-use super::blocks::{BlockChannels, Emitter, OpenBlock};
+use super::blocks::{BlockChannels, Emitter};
 use super::feed::{Feeder, read_batches};
 use super::items::Ordered;
 use super::ports::{BlockSealer, BlockSink, ChunkOracle, Ports};
 use super::progress::Progress;
 use super::reader::FileReader;
+use super::seal_stage::SealStage;
 use super::stream::StreamSource;
 use crate::cache::{CacheIdentity, CacheReader, CacheWriter, PendingCache, file_system_clock};
 use crate::chunk::Cutter;
@@ -34,6 +35,7 @@ use crate::scan::markers::Marker;
 use crate::scan::names::SpillPolicy;
 use crate::scan::roots::RootNode;
 use crate::scan::walk::{WalkPlan, Walker, identity_of};
+use crate::seal::Compression;
 
 /// Names of one directory that are sorted in memory.
 const NAMES_IN_MEMORY: usize = 65_536;
@@ -85,6 +87,8 @@ pub struct BackupPlan {
     pub estimate: bool,
     /// Flush a file system before the first content on it is read (see [`crate::scan::flush`]).
     pub flush_sources: bool,
+    /// How hard blocks are compressed.
+    pub compression: Compression,
     /// Names of one directory that are sorted in memory; more spill to the state directory.
     pub names_in_memory: usize,
     /// The file systems' clock at the start; `None`: ask.
@@ -113,6 +117,7 @@ impl BackupPlan {
             scanners: 4,
             estimate: true,
             flush_sources: true,
+            compression: Compression::Auto,
             names_in_memory: NAMES_IN_MEMORY,
             started: None,
         }
@@ -160,7 +165,7 @@ pub struct PassOutcome {
 
 /// The first fault, and the sign for everybody to stop.
 #[derive(Debug)]
-struct Fault<'a> {
+pub(super) struct Fault<'a> {
     first: Mutex<Option<BackupError>>,
     stop: AtomicBool,
     cancel: &'a AtomicBool,
@@ -171,7 +176,8 @@ impl Fault<'_> {
         self.stop.load(Ordering::Relaxed) || self.cancel.load(Ordering::Relaxed)
     }
 
-    fn check(&self) -> Result<(), BackupError> {
+    /// An error if this stage is to stop, too.
+    pub(super) fn check(&self) -> Result<(), BackupError> {
         if self.stopped() { Err(BackupError::Stopped) } else { Ok(()) }
     }
 
@@ -348,7 +354,8 @@ impl Pass<'_> {
                 .chain(tree_sealer.map(|sealer| (sealer, tree_blocks.clone())))
             {
                 let emptied = emptied_sender.clone();
-                let seal = move || fault.record(self.seal(sealer, &blocks, &emptied));
+                let sealing = self.sealing();
+                let seal = move || fault.record(sealing.run(sealer, &blocks, &emptied));
                 fault.record(spawn(scope, "seal", seal));
             }
             drop((data_blocks, tree_blocks));
@@ -385,26 +392,9 @@ impl Pass<'_> {
         assembler.finish()
     }
 
-    fn seal(
-        &self,
-        mut sealer: Box<dyn BlockSealer>,
-        blocks: &Receiver<OpenBlock>,
-        emptied: &crossbeam_channel::Sender<OpenBlock>,
-    ) -> Result<(), BackupError> {
-        for mut block in blocks {
-            self.fault.check()?;
-            let bytes = block.sealed_bytes_max();
-            let permit = self.sink.reserve(bytes)?;
-            let mut sealed = Vec::new();
-            sealer.seal(block.kind, &block.rows, &mut block.body, &mut sealed)?;
-            self.progress.blocks.add(1);
-            self.progress.bytes_stored.add(sealed.len() as u64);
-            self.sink.send(permit, sealed.into())?;
-            block.clear();
-            // A full channel means that enough empty blocks are waiting.
-            drop(emptied.try_send(block));
-        }
-        Ok(())
+    fn sealing(&self) -> SealStage<'_> {
+        let Self { sink, progress, fault, .. } = *self;
+        SealStage { sink, progress, fault, compression: self.plan.compression }
     }
 
     fn estimate(&self, walk: &WalkPlan, over: &AtomicBool) {

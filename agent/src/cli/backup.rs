@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use anyhow::{Context, bail};
+use anyhow::{Context, anyhow, bail};
 use clap::Args;
 use serde::Serialize;
 use strandline_actors::runtime::clock;
@@ -25,16 +25,16 @@ use super::progress::{Snapshot, is_watched, shown};
 use super::repository::{Opened, host_name};
 use super::secrets;
 use super::selection::Selection;
-use super::settings::Place;
+use super::settings::{Place, Settings};
 use crate::backup::{BackupPlan, StreamSource};
 use crate::cache::Ignoring;
 use crate::job::{BackupReport, BackupRequest, JobView, run_backup};
 use crate::net::SessionSettings;
 use crate::scan::walk::identity_of;
+use crate::seal::Compression;
 
 const STREAMS: u16 = 4;
 pub(super) const WINDOW_BYTES: u64 = 32 << 20;
-pub(super) const ZSTD_LEVEL: i32 = 3;
 
 /// `strand backup`.
 #[derive(Args, Debug)]
@@ -72,6 +72,10 @@ pub struct Backup {
     /// Unacknowledged data that may be under way (`32M` if not given)
     #[arg(long, value_name = "SIZE", value_parser = args::bytes)]
     pub window: Option<u64>,
+    /// Level of zstd, 1 (fast) to 19 (small), or `auto`: 3, and up to 6 while there is time for it
+    /// [default: auto]
+    #[arg(long, value_name = "LEVEL")]
+    pub compression: Option<Compression>,
     /// Read every file, whatever the file cache says
     #[arg(long)]
     pub force: bool,
@@ -129,6 +133,7 @@ fn request(place: &Place, backup: Backup) -> anyhow::Result<BackupRequest> {
     }
     let mut plan = plan(place, &backup)?;
     backup.selection.apply(settings, &mut plan)?;
+    plan.compression = compression(backup.compression, settings)?;
     let details = DetailsV1 {
         paths: plan.paths.iter().map(|path| absolute(path).as_os_str().as_bytes().to_vec()).collect(),
         excludes: plan.excludes.iter().chain(&plan.iexcludes).cloned().collect(),
@@ -151,12 +156,20 @@ fn request(place: &Place, backup: Backup) -> anyhow::Result<BackupRequest> {
         },
         time_ns: backup.time,
         dry_run: backup.dry_run,
-        level: ZSTD_LEVEL,
         host: backup.host.or_else(|| settings.host.clone()).unwrap_or_else(host_name),
         tags: backup.tag,
         details,
         plan,
     })
+}
+
+/// As wished for on the command line, or else in the settings.
+pub fn compression(given: Option<Compression>, settings: &Settings) -> anyhow::Result<Compression> {
+    match (given, &settings.compression) {
+        (Some(given), _) => Ok(given),
+        (None, Some(text)) => text.parse().map_err(|error| anyhow!("the setting `compression`: {error}")),
+        (None, None) => Ok(Compression::default()),
+    }
 }
 
 /// What to save.

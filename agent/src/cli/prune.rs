@@ -7,13 +7,14 @@ use strandline_messages::wire::manage::{GcReport, Operation, Outcome};
 
 use super::Fate;
 use super::args::Global;
-use super::backup::{WINDOW_BYTES, ZSTD_LEVEL};
+use super::backup::{WINDOW_BYTES, compression};
 use super::output;
 use super::repository::Opened;
 use super::session::{Reading, STREAMS};
 use super::settings::Place;
 use crate::net::SessionSettings;
 use crate::repack::{Repack, RepackReport};
+use crate::seal::Compression;
 
 /// `strand prune`.
 #[derive(Args, Debug, Clone)]
@@ -27,6 +28,9 @@ pub struct Prune {
     /// With --repack: leave about so much unneeded data in partly needed blocks (`5%` of what is needed, `1G`, `0`)
     #[arg(long, value_name = "SHARE", default_value = "5%", value_parser = unused)]
     pub max_unused: Unused,
+    /// With --repack: level of zstd, 1 (fast) to 19 (small), or `auto`: 6 [default: auto]
+    #[arg(long, value_name = "LEVEL")]
+    pub compression: Option<Compression>,
     /// Purge deleted snapshots now instead of after the undelete time; only of a repository in a local directory
     #[arg(long)]
     pub purge_deleted: bool,
@@ -35,7 +39,7 @@ pub struct Prune {
 impl Prune {
     /// Collects, and nothing else.
     pub fn after_forget(dry_run: bool) -> Self {
-        Self { dry_run, repack: false, max_unused: Unused::Percent(100), purge_deleted: false }
+        Self { dry_run, repack: false, max_unused: Unused::Percent(100), compression: None, purge_deleted: false }
     }
 }
 
@@ -70,8 +74,9 @@ fn unused(text: &str) -> Result<Unused, String> {
 
 /// Runs the command.
 pub async fn run(global: &Global, place: &Place, prune: &Prune) -> anyhow::Result<Fate> {
+    let prune = Prune { compression: Some(compression(prune.compression, &place.settings)?), ..prune.clone() };
     let opened = Opened::existing(global, place).await?;
-    let pruned = pruned(global, &opened, prune).await;
+    let pruned = pruned(global, &opened, &prune).await;
     let closed = opened.server.close().await;
     pruned?;
     closed?;
@@ -90,7 +95,7 @@ pub async fn pruned(global: &Global, opened: &Opened, prune: &Prune) -> anyhow::
     if excess == 0 || prune.dry_run {
         return tell_excess(global, excess, allowed);
     }
-    let resealed = repack(opened, excess).await?;
+    let resealed = repack(opened, excess, prune.compression.unwrap_or_default()).await?;
     tell_resealed(global, &resealed)?;
     tell(global, &collect(opened, false, false).await?)
 }
@@ -103,7 +108,7 @@ async fn collect(opened: &Opened, dry_run: bool, purge: bool) -> anyhow::Result<
     }
 }
 
-async fn repack(opened: &Opened, bytes_wasted: u64) -> anyhow::Result<RepackReport> {
+async fn repack(opened: &Opened, bytes_wasted: u64, compression: Compression) -> anyhow::Result<RepackReport> {
     let reading = Reading::open(opened, STREAMS).await?;
     let repack = Repack {
         client: &opened.server.client,
@@ -111,7 +116,7 @@ async fn repack(opened: &Opened, bytes_wasted: u64) -> anyhow::Result<RepackRepo
         keyset: &opened.keyset,
         source: reading.own_source(),
         session: SessionSettings { streams: STREAMS, window_bytes: usize::try_from(WINDOW_BYTES)?, limit_upload: None },
-        level: ZSTD_LEVEL,
+        level: compression.thorough(),
     };
     let resealed = repack.run(bytes_wasted).await;
     let reason = if resealed.is_ok() { "" } else { "resealing did not finish" };

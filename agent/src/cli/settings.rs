@@ -30,6 +30,8 @@ pub struct Settings {
     pub limit_upload: Option<String>,
     /// As `--window`.
     pub window: Option<String>,
+    /// As `--compression`.
+    pub compression: Option<String>,
     /// As `--exclude`, in addition to those of the command line.
     pub exclude: Vec<String>,
     /// As `--exclude-file`, in addition to those of the command line.

@@ -5,6 +5,7 @@
 //! virtual machine is cloned in the middle of a session.
 
 mod body;
+mod compression;
 mod data_key;
 mod manifest;
 mod open;
@@ -16,6 +17,7 @@ use strandline_messages::{BlockDigest, ChunkId, RepositoryId};
 use crate::keys::KeyError;
 
 pub use body::Body;
+pub use compression::{Compression, LevelControl, Sealing, USUAL_LEVEL};
 pub use data_key::DataKey;
 pub use manifest::{ManifestFields, open_manifest, sign_manifest, verify_manifest};
 pub use open::{OpenedBlock, OpenedChunk, Opener};

@@ -13,6 +13,7 @@ use zstd::zstd_safe::CParameter;
 
 use super::SealError;
 use super::body::Body;
+use super::compression::USUAL_LEVEL;
 use super::data_key::{BLOCK, DataKey, zero_nonce};
 use crate::keys::{Keyset, random};
 
@@ -21,9 +22,8 @@ const PROBE_FROM_BYTES: usize = 128 << 10;
 const PROBE_SAMPLES: usize = 8;
 const PROBE_SAMPLE_BYTES: usize = 4 << 10;
 
-/// The level of which the tables are made half as large as zstd would: they stay in a core's cache then, which is worth
-/// 4 to 10 % of the time for 0.7 % of the size.
-const USUAL_LEVEL: i32 = 3;
+/// At the usual level the tables are half as large as zstd would make them: they stay in a core's cache then, which is
+/// worth 4 to 10 % of the time for 0.7 % of the size.
 const HASH_LOG: u32 = 16;
 const CHAIN_LOG: u32 = 15;
 
@@ -61,22 +61,25 @@ impl Sealer {
     }
 
     /// Changes the compression level from the next block on.
-    pub fn set_level(&mut self, zstd_level: i32) {
+    pub fn set_level(&mut self, zstd_level: i32) -> Result<(), SealError> {
         if zstd_level != self.level {
             self.level = zstd_level;
-            self.compressor = None;
+            if let Some(compressor) = &mut self.compressor {
+                configure(compressor, zstd_level)?;
+            }
         }
+        Ok(())
     }
 
-    /// Seals `body`, the chunks of `rows`, and replaces `out` by the block. The rows' ids are trusted. Data rows have no
-    /// references.
+    /// Seals `body`, the chunks of `rows`, and replaces `out` by the block; the codec that it got. The rows' ids are
+    /// trusted. Data rows have no references.
     pub fn seal(
         &mut self,
         kind: ChunkKind,
         rows: &[ChunkRow],
         body: &mut Body,
         out: &mut Vec<u8>,
-    ) -> Result<(), SealError> {
+    ) -> Result<Codec, SealError> {
         let random = random()?;
         self.seal_with_random(kind, rows, body, &random, out)
     }
@@ -88,7 +91,7 @@ impl Sealer {
         body: &mut Body,
         random: &[u8; 32],
         out: &mut Vec<u8>,
-    ) -> Result<(), SealError> {
+    ) -> Result<Codec, SealError> {
         check_parts(kind, rows, body)?;
         let input = body.input();
         let codec = self.compress(input)?;
@@ -120,7 +123,8 @@ impl Sealer {
             salt: [0; 32],
             commitment: [0; 32],
         };
-        encrypt(&self.data_key, header, random, aad_bytes, out)
+        encrypt(&self.data_key, header, random, aad_bytes, out)?;
+        Ok(codec)
     }
 
     /// Which codec the block gets; if it is not [`Codec::Stored`], `compressed` holds its output.
@@ -166,14 +170,21 @@ fn prepared<'a>(
 ) -> Result<&'a mut Compressor<'static>, SealError> {
     if slot.is_none() {
         let mut compressor = Compressor::new(level).map_err(SealError::Compress)?;
-        if level == USUAL_LEVEL {
-            for parameter in [CParameter::HashLog(HASH_LOG), CParameter::ChainLog(CHAIN_LOG)] {
-                compressor.set_parameter(parameter).map_err(SealError::Compress)?;
-            }
-        }
+        configure(&mut compressor, level)?;
         *slot = Some(compressor);
     }
     slot.as_mut().ok_or(SealError::Crypto { what: "no compressor" })
+}
+
+/// Sets the level, and what belongs to it.
+fn configure(compressor: &mut Compressor<'static>, level: i32) -> Result<(), SealError> {
+    // Zero: as zstd does at that level.
+    let (hash_log, chain_log) = if level == USUAL_LEVEL { (HASH_LOG, CHAIN_LOG) } else { (0, 0) };
+    compressor.set_compression_level(level).map_err(SealError::Compress)?;
+    for parameter in [CParameter::HashLog(hash_log), CParameter::ChainLog(chain_log)] {
+        compressor.set_parameter(parameter).map_err(SealError::Compress)?;
+    }
+    Ok(())
 }
 
 /// Derives the block's key from everything that `out` holds, fills in the header, encrypts in place, appends the digest.
@@ -286,6 +297,20 @@ mod tests {
         noise[..64 << 10].copy_from_slice(&text[..64 << 10]);
         let block = seal_one(&mut sealer, &[7; 32], &noise);
         assert_eq!(BlockView::parse(&block).unwrap().header.codec, Codec::Zstd, "one compressible part is enough");
+    }
+
+    #[test]
+    fn the_level_may_change_from_block_to_block() {
+        let scattered = |n: u64| n.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 50;
+        let text: Vec<u8> = (0..50_000).flat_map(|n| (scattered(n * n) % 700).to_string().into_bytes()).collect();
+        let fresh = |level| seal_one(&mut Sealer::new(&keyset(), level).unwrap(), &[7; 32], &text).len();
+        let mut sealer = Sealer::new(&keyset(), 3).unwrap();
+        for level in [3, 9, 1, 6, 3, 19, 3] {
+            sealer.set_level(level).unwrap();
+            let block = seal_one(&mut sealer, &[7; 32], &text);
+            assert_eq!(block.len(), fresh(level), "level {level}");
+        }
+        assert!(fresh(19) < fresh(1));
     }
 
     #[test]
