@@ -17,7 +17,7 @@ use strandline_actors::dispatcher::{
 };
 use strandline_actors::runtime::budget::ByteBudget;
 use strandline_actors::runtime::clock;
-use strandline_messages::format::block::{ChunkRow, Codec};
+use strandline_messages::format::block::ChunkRow;
 use strandline_messages::format::manifest::{DetailsV1, Totals};
 use strandline_messages::format::repository::RepositoryV1;
 use strandline_messages::wire::{Ack, Commit, Committed, Message, SessionKind, SnapshotFate};
@@ -30,7 +30,7 @@ use crate::backup::{BackupError, BackupPlan, CacheTrust, ChunkKeys, PassOutcome,
 use crate::cache::{CacheIdentity, CacheReader, Ignoring, PendingCache};
 use crate::keys::Keyset;
 use crate::net::{Client, ClientError, NetworkOracle, SessionSettings, WindowSink};
-use crate::seal::{Body, DataKey, ManifestFields, SealError, Sealer, sign_manifest};
+use crate::seal::{Body, DataKey, ManifestFields, SealError, SealedBlock, Sealer, sign_manifest};
 
 /// How often a commit may be answered with missing chunks before the run gives up.
 const PASSES_MAX: usize = 5;
@@ -79,14 +79,8 @@ impl BlockSealer for Sealer {
         Self::set_level(self, level).map_err(|error| BackupError::Port(Box::new(error)))
     }
 
-    fn seal(
-        &mut self,
-        kind: ChunkKind,
-        rows: &[ChunkRow],
-        body: &mut Body,
-        out: &mut Vec<u8>,
-    ) -> Result<Codec, BackupError> {
-        Self::seal(self, kind, rows, body, out).map_err(|error| BackupError::Port(Box::new(error)))
+    fn seal(&mut self, kind: ChunkKind, rows: &[ChunkRow], body: &mut Body) -> Result<SealedBlock, BackupError> {
+        Self::seal(self, kind, rows, body).map_err(|error| BackupError::Port(Box::new(error)))
     }
 }
 

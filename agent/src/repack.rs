@@ -268,10 +268,9 @@ fn seal(
     report: &mut RepackReport,
 ) -> Result<(), RepackError> {
     let permit = sink.reserve(open.sealed_bytes_max())?;
-    let mut sealed = Vec::new();
-    sealer.seal(open.kind, &open.rows, &mut open.body, &mut sealed)?;
+    let sealed = sealer.seal(open.kind, &open.rows, &mut open.body)?.bytes;
     report.bytes_stored += sealed.len() as u64;
-    sink.send(permit, Bytes::from(sealed))?;
+    sink.send(permit, Bytes::from_owner(sealed))?;
     open.clear();
     Ok(())
 }

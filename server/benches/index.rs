@@ -5,7 +5,7 @@
 //!
 //! Entries come in groups as from a pack writer, lookups in batches as from an agent. Ids are uniform, so lookups jump
 //! about the whole index. *Cold*: the system's page cache was told to drop the segments before; that is what an index
-//! beyond the memory of its machine costs. *Warm*: the system's page cache holds the segments, ours 64 MiB of them.
+//! beyond the memory of its machine costs. *Warm*: the system's page cache holds the segments, ours a few MiB of them.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -17,6 +17,7 @@ use anyhow::{Context, ensure};
 use rustix::fs::{Advice, fadvise};
 use strandline_actors::runtime::clock;
 use strandline_messages::{ChunkId, ChunkKind, DomainId, limits};
+use strandline_server::engine::INDEX_CACHE_BYTES;
 use strandline_server::index::cache::PageCache;
 use strandline_server::index::engine::{FLUSH_ENTRIES, SegmentIndex};
 use strandline_server::index::{ChunkIndex, Copy};
@@ -25,8 +26,6 @@ use strandline_server::index::{ChunkIndex, Copy};
 const GROUP: u64 = 1000;
 /// Ids of one question.
 const BATCH: u64 = limits::QUERY_IDS_MAX as u64;
-/// The engine's page cache.
-const CACHE_BYTES: usize = 64 << 20;
 /// Most lookups of one phase, and of one whose every lookup reads the disk.
 const LOOKUPS_MAX: u64 = 4_000_000;
 const COLD_LOOKUPS_MAX: u64 = 250_000;
@@ -35,7 +34,7 @@ fn main() -> anyhow::Result<()> {
     let entries: u64 = std::env::var("STRAND_BENCH_ENTRIES").map_or(Ok(1_000_000), |text| text.parse())?;
     let scratch = tempfile::tempdir()?;
     let directory = std::env::var_os("STRAND_BENCH_DIR").map_or_else(|| scratch.path().to_path_buf(), PathBuf::from);
-    let cache = || Arc::new(PageCache::new(CACHE_BYTES));
+    let cache = || Arc::new(PageCache::new(INDEX_CACHE_BYTES));
     println!("{entries} entries in {}\n", directory.display());
     println!(
         "{:<24}{:>11}{:>10}{:>10}{:>11}{:>9}{:>9}",

@@ -59,8 +59,8 @@ pub use repository::{BlockAddress, CommitOutcome, Repository, Totals};
 use server_key::ServerKey;
 use slots::{NamedSlots, named_slots};
 
-/// Memory for index pages, shared by all repositories, bytes.
-const INDEX_CACHE_BYTES: usize = 64 << 20;
+/// Memory for index pages, shared by all repositories, bytes. Behind it is the system's page cache, which is worth nearly as much.
+pub const INDEX_CACHE_BYTES: usize = 24 << 20;
 /// Longest repository file, bytes.
 const REPOSITORY_FILE_BYTES_MAX: usize = 4096;
 

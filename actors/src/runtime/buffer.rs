@@ -13,7 +13,7 @@ use parking_lot::Mutex;
 /// Shorter buffers come from the allocator, bytes.
 pub const LONG_BYTES_MIN: usize = 16 << 10;
 /// Most bytes that wait for the next block, in the whole process.
-const SPARE_BYTES_MAX: usize = 8 << 20;
+const SPARE_BYTES_MAX: usize = 12 << 20;
 
 static SPARE: Mutex<Spare> = Mutex::new(Spare { memories: VecDeque::new(), bytes: 0 });
 
@@ -23,7 +23,7 @@ struct Spare {
     bytes: usize,
 }
 
-/// A mapping: a power of two of bytes, of which the system provides those that have been written to.
+/// A mapping of one of a few sizes, of which the system provides the pages that have been written to.
 struct Memory {
     map: MmapMut,
     written_bytes_max: usize,
@@ -57,7 +57,7 @@ enum Place {
     Mapped(Memory),
 }
 
-/// Bytes of a block, sealed or open. See the module.
+/// Bytes of a block, sealed or open, or of what will stand in one. See the module.
 pub struct BlockBuffer {
     place: Place,
     len: usize,
@@ -66,20 +66,40 @@ pub struct BlockBuffer {
 impl BlockBuffer {
     /// So many bytes. What is in them is left over from other blocks.
     pub fn with_len(len: usize) -> Self {
-        let place = Self::map(len).map_or_else(|| Place::Allocated(vec![0; len]), Place::Mapped);
-        Self { place, len }
+        let mut buffer = Self::with_capacity(len);
+        buffer.grow(len);
+        buffer
     }
 
-    fn map(len: usize) -> Option<Memory> {
-        let size = len.checked_next_power_of_two().filter(|_| len >= LONG_BYTES_MIN)?;
-        let spare = SPARE.lock().take(size);
-        // Where the system does not give it, the allocator may have some left.
-        let mut memory = match spare {
-            Some(memory) => memory,
-            None => Memory { map: MmapMut::map_anon(size).ok()?, written_bytes_max: 0 },
-        };
-        memory.written_bytes_max = memory.written_bytes_max.max(len);
-        Some(memory)
+    /// Empty, with room for so many bytes.
+    pub fn with_capacity(capacity: usize) -> Self {
+        let place = map(capacity).map_or_else(|| Place::Allocated(vec![0; capacity]), Place::Mapped);
+        Self { place, len: 0 }
+    }
+
+    /// How many bytes have room.
+    pub fn capacity(&self) -> usize {
+        self.memory().len()
+    }
+
+    /// Appends so many bytes, in other memory if there is no room here. What is in them is left over from other blocks.
+    pub fn grow(&mut self, bytes: usize) -> &mut [u8] {
+        let (before, len) = (self.len, self.len.saturating_add(bytes));
+        if len > self.capacity() {
+            let mut larger = Self::with_capacity(len.max(2 * before));
+            larger.grow(before).copy_from_slice(self);
+            *self = larger;
+        }
+        self.len = len;
+        if let Place::Mapped(memory) = &mut self.place {
+            memory.written_bytes_max = memory.written_bytes_max.max(len);
+        }
+        self.get_mut(before..).unwrap_or_default()
+    }
+
+    /// Appends these.
+    pub fn extend_from_slice(&mut self, bytes: &[u8]) {
+        self.grow(bytes.len()).copy_from_slice(bytes);
     }
 
     /// Leaves the first `len` bytes.
@@ -105,6 +125,48 @@ impl BlockBuffer {
             Place::Mapped(memory) => memory.written_bytes_max,
         }
     }
+
+    fn memory(&self) -> &[u8] {
+        match &self.place {
+            Place::Allocated(bytes) => bytes,
+            Place::Mapped(memory) => &memory.map,
+        }
+    }
+}
+
+fn map(capacity: usize) -> Option<Memory> {
+    let size = mapped_bytes(capacity).filter(|_| capacity >= LONG_BYTES_MIN)?;
+    let spare = SPARE.lock().take(size);
+    // Where the system does not give it, the allocator may have some left.
+    match spare {
+        Some(memory) => Some(memory),
+        None => Some(Memory { map: MmapMut::map_anon(size).ok()?, written_bytes_max: 0 }),
+    }
+}
+
+/// Four sizes between a power of two and the next: few, so that memory fits again; close, so that little of it stays unused.
+fn mapped_bytes(capacity: usize) -> Option<usize> {
+    let step = (1 << capacity.checked_ilog2()?) / 4;
+    capacity.checked_next_multiple_of(step.max(1))
+}
+
+impl Default for BlockBuffer {
+    /// Empty, without memory.
+    fn default() -> Self {
+        Vec::new().into()
+    }
+}
+
+impl From<Vec<u8>> for BlockBuffer {
+    fn from(bytes: Vec<u8>) -> Self {
+        Self { len: bytes.len(), place: Place::Allocated(bytes) }
+    }
+}
+
+impl std::fmt::Debug for BlockBuffer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("BlockBuffer").field("len", &self.len).finish_non_exhaustive()
+    }
 }
 
 impl Drop for BlockBuffer {
@@ -121,11 +183,7 @@ impl Deref for BlockBuffer {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
-        let memory = match &self.place {
-            Place::Allocated(bytes) => &bytes[..],
-            Place::Mapped(memory) => &memory.map[..],
-        };
-        memory.get(..self.len).unwrap_or_default()
+        self.memory().get(..self.len).unwrap_or_default()
     }
 }
 
@@ -164,6 +222,38 @@ mod tests {
             buffer.truncate(len);
             assert_eq!(buffer.len(), len / 2, "what is cut off does not come back");
         }
+    }
+
+    #[test]
+    fn a_buffer_grows_and_keeps_what_is_in_it() {
+        for capacity in [0, 10, LONG_BYTES_MIN, 1 << 20] {
+            let mut buffer = BlockBuffer::with_capacity(capacity);
+            assert!(buffer.is_empty() && buffer.capacity() >= capacity);
+            let mut expected = Vec::new();
+            for number in 0..9 {
+                let more = vec![number; 17 << number];
+                buffer.extend_from_slice(&more);
+                expected.extend_from_slice(&more);
+                assert_eq!(&buffer[..], &expected[..]);
+            }
+            assert_eq!(buffer.grow(5).len(), 5);
+            buffer.truncate(3);
+            assert_eq!(&buffer[..], &expected[..3]);
+        }
+        let mut owned = BlockBuffer::from(vec![1, 2]);
+        owned.extend_from_slice(&[3]);
+        assert_eq!(&owned[..], [1, 2, 3]);
+        assert!(BlockBuffer::default().is_empty());
+    }
+
+    #[test]
+    fn sizes_of_mappings_are_few_and_close() {
+        assert_eq!(mapped_bytes(0), None);
+        assert_eq!(mapped_bytes(LONG_BYTES_MIN), Some(LONG_BYTES_MIN));
+        assert_eq!(mapped_bytes((1 << 20) + 1), Some((1 << 20) + (1 << 18)));
+        assert_eq!(mapped_bytes(usize::MAX), None);
+        let sizes: std::collections::BTreeSet<_> = (1 << 20..2 << 20).step_by(999).filter_map(mapped_bytes).collect();
+        assert!(sizes.len() <= 5);
     }
 
     #[test]

@@ -7,6 +7,7 @@ use std::collections::{HashSet, VecDeque};
 use std::mem;
 
 use crossbeam_channel::{Receiver, Sender};
+use strandline_actors::runtime::buffer::BlockBuffer;
 use strandline_messages::format::block::ChunkRow;
 use strandline_messages::format::chunk::{REFERENCE_BYTES, Reference, chunk_id};
 use strandline_messages::format::repository::ChunkingV1;
@@ -118,7 +119,7 @@ struct Waiting {
 #[derive(Debug, Default)]
 struct Batch {
     chunks: Vec<Waiting>,
-    buffers: Vec<Vec<u8>>,
+    buffers: Vec<BlockBuffer>,
     bytes: usize,
 }
 
@@ -155,8 +156,6 @@ pub struct BlockChannels {
     pub trees: Sender<OpenBlock>,
     /// Emptied blocks that come back.
     pub emptied: Receiver<OpenBlock>,
-    /// Where buffers of parts go back to the readers.
-    pub buffers: Sender<Vec<u8>>,
 }
 
 /// Decides which chunks are sent, and fills blocks with them.
@@ -169,7 +168,6 @@ pub struct Emitter<'a> {
     data: Lane,
     trees: Lane,
     emptied: Receiver<OpenBlock>,
-    buffers: Sender<Vec<u8>>,
 }
 
 impl std::fmt::Debug for Emitter<'_> {
@@ -198,12 +196,11 @@ impl<'a> Emitter<'a> {
             data: Lane::new(open(ChunkKind::Data), HELD_BYTES_MAX, channels.data),
             trees: Lane::new(open(ChunkKind::Tree), HELD_BYTES_MAX / 4, channels.trees),
             emptied: channels.emptied,
-            buffers: channels.buffers,
         }
     }
 
     /// Takes pieces of files: `chunks` are the ids and lengths of what stands one after the other in `buffer`.
-    pub fn data(&mut self, buffer: Vec<u8>, chunks: &[(ChunkId, u32)]) -> Result<(), BackupError> {
+    pub fn data(&mut self, buffer: BlockBuffer, chunks: &[(ChunkId, u32)]) -> Result<(), BackupError> {
         // Short parts share a buffer, so that what is held is close to what is counted.
         let next = &mut self.data.next;
         let shared = next.buffers.last().filter(|last| last.capacity() - last.len() >= buffer.len());
@@ -224,18 +221,14 @@ impl<'a> Emitter<'a> {
         }
         let next = &mut self.data.next;
         let wanted = next.chunks.len() > before;
-        if wanted
-            && joins
-            && let Some(last) = next.buffers.last_mut()
-        {
-            last.extend_from_slice(&buffer);
-        }
-        if joins || !wanted {
-            // A full channel means that enough buffers are waiting to be used again.
-            drop(self.buffers.try_send(buffer));
-        } else {
-            next.bytes += buffer.capacity();
-            next.buffers.push(buffer);
+        if wanted {
+            match next.buffers.last_mut() {
+                Some(last) if joins => last.extend_from_slice(&buffer),
+                _ => {
+                    next.bytes += buffer.capacity();
+                    next.buffers.push(buffer);
+                }
+            }
         }
         self.pump(ChunkKind::Data, false)
     }
@@ -316,11 +309,6 @@ impl<'a> Emitter<'a> {
             let plaintext = buffer.and_then(|buffer| buffer.get(chunk.offset..chunk.offset + chunk.bytes));
             self.emit(kind, chunk.id, chunk.references, plaintext.unwrap_or_default())?;
         }
-        if kind == ChunkKind::Data {
-            for buffer in batch.buffers {
-                drop(self.buffers.try_send(buffer));
-            }
-        }
         Ok(())
     }
 
@@ -365,7 +353,7 @@ impl NodeSink for Emitter<'_> {
         next.bytes += plaintext.len() + references.len() * REFERENCE_BYTES;
         let buffer = next.buffers.len();
         next.chunks.push(Waiting { id, buffer, offset: 0, bytes: plaintext.len(), references });
-        next.buffers.push(plaintext);
+        next.buffers.push(plaintext.into());
         self.pump(ChunkKind::Tree, false)?;
         Ok(id)
     }
@@ -388,7 +376,7 @@ impl Batch {
                 chunk.buffer = batch.buffers.len();
                 chunk.offset = 0;
                 batch.bytes += chunk.bytes;
-                batch.buffers.push(bytes.unwrap_or_default().to_vec());
+                batch.buffers.push(bytes.unwrap_or_default().to_vec().into());
                 batch.chunks.push(chunk);
             }
             batches.push(batch);

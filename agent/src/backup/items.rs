@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use crossbeam_channel::Receiver;
+use strandline_actors::runtime::buffer::BlockBuffer;
 use strandline_messages::format::tree::{Hole, Xattr};
 use strandline_messages::ids::ChunkId;
 
@@ -104,7 +105,7 @@ impl Step {
 #[derive(Debug, Default)]
 pub struct Part {
     /// Chunks, one after the other.
-    pub data: Vec<u8>,
+    pub data: BlockBuffer,
     /// Their ids and lengths.
     pub chunks: Vec<(ChunkId, u32)>,
     /// Each step with the number of this part's chunks that come before its end.

@@ -18,7 +18,7 @@ use super::ports::{BlockSealer, BlockSink, ChunkOracle, Permit, Ports, QueryTick
 use super::progress::{Progress, ProgressNow};
 use super::{BackupError, BackupPlan, CacheTrust, ChunkKeys, PassOutcome, run_pass};
 use crate::cache::{CacheIdentity, CacheReader, file_system_clock};
-use crate::seal::Body;
+use crate::seal::{Body, SealedBlock};
 
 pub const KEY: [u8; 32] = [9; 32];
 
@@ -80,13 +80,8 @@ impl ChunkOracle for MemoryServer {
 struct PlainSealer;
 
 impl BlockSealer for PlainSealer {
-    fn seal(
-        &mut self,
-        kind: ChunkKind,
-        rows: &[ChunkRow],
-        body: &mut Body,
-        out: &mut Vec<u8>,
-    ) -> Result<Codec, BackupError> {
+    fn seal(&mut self, kind: ChunkKind, rows: &[ChunkRow], body: &mut Body) -> Result<SealedBlock, BackupError> {
+        let mut out = Vec::new();
         let mut table = Vec::new();
         for row in rows {
             encode_row(kind, &row.id, &row.references, &mut table);
@@ -97,7 +92,7 @@ impl BlockSealer for PlainSealer {
         out.put_u32(u32::try_from(rows.len()).unwrap());
         out.put_string(&table);
         out.extend_from_slice(body.input());
-        Ok(Codec::Stored)
+        Ok(SealedBlock { bytes: out.into(), codec: Codec::Stored })
     }
 }
 

@@ -4,11 +4,12 @@
 use std::any::Any;
 
 use bytes::Bytes;
+use strandline_actors::runtime::buffer::BlockBuffer;
 use strandline_messages::format::block::{ChunkRow, Codec};
 use strandline_messages::ids::{ChunkId, ChunkKind};
 
 use super::BackupError;
-use crate::seal::Body;
+use crate::seal::{Body, SealedBlock};
 
 /// Asks the server, pipelined. Used by two threads of the pipeline, one at a time.
 pub trait ChunkOracle: Send {
@@ -63,15 +64,8 @@ pub trait BlockSealer: Send {
         Ok(())
     }
 
-    /// Replaces `out`, which is empty, by the sealed block, and says how its content was coded. `body` holds one chunk for
-    /// each of `rows`.
-    fn seal(
-        &mut self,
-        kind: ChunkKind,
-        rows: &[ChunkRow],
-        body: &mut Body,
-        out: &mut Vec<u8>,
-    ) -> Result<Codec, BackupError>;
+    /// Seals `body`, which holds one chunk for each of `rows`.
+    fn seal(&mut self, kind: ChunkKind, rows: &[ChunkRow], body: &mut Body) -> Result<SealedBlock, BackupError>;
 }
 
 /// Makes one sealer per sealing thread.
@@ -121,13 +115,7 @@ impl BlockSink for DiscardingSink {
 pub struct NullSealer;
 
 impl BlockSealer for NullSealer {
-    fn seal(
-        &mut self,
-        _kind: ChunkKind,
-        _rows: &[ChunkRow],
-        _body: &mut Body,
-        _out: &mut Vec<u8>,
-    ) -> Result<Codec, BackupError> {
-        Ok(Codec::Stored)
+    fn seal(&mut self, _kind: ChunkKind, _rows: &[ChunkRow], _body: &mut Body) -> Result<SealedBlock, BackupError> {
+        Ok(SealedBlock { bytes: BlockBuffer::default(), codec: Codec::Stored })
     }
 }

@@ -6,10 +6,9 @@
 
 use std::os::fd::{AsFd, BorrowedFd};
 
-use crossbeam_channel::Receiver;
-use rustix::buffer::spare_capacity;
 use rustix::fs::{Advice, FileType, OFlags, SeekFrom};
 use rustix::io::Errno;
+use strandline_actors::runtime::buffer::BlockBuffer;
 use strandline_messages::format::chunk::chunk_id;
 use strandline_messages::format::tree::Hole;
 use strandline_messages::ids::ChunkKind;
@@ -35,7 +34,7 @@ const SEQUENTIAL_BYTES_MIN: u64 = 256 << 10;
 /// Takes finished parts.
 pub type PartSink<'s> = &'s mut dyn FnMut(Part) -> Result<(), BackupError>;
 
-/// Reads entries into parts. One per reading thread; buffers are reused.
+/// Reads entries into parts. One per reading thread.
 #[derive(Debug)]
 pub struct FileReader<'a> {
     cutter: &'a Cutter,
@@ -43,22 +42,15 @@ pub struct FileReader<'a> {
     progress: &'a Progress,
     flusher: &'a Flusher,
     xattrs: XattrReader,
-    buffers: Receiver<Vec<u8>>,
     part: Part,
     weight: usize,
 }
 
 impl<'a> FileReader<'a> {
-    /// `buffers`: where used buffers come back.
-    pub fn new(
-        cutter: &'a Cutter,
-        id_key: [u8; 32],
-        progress: &'a Progress,
-        flusher: &'a Flusher,
-        buffers: Receiver<Vec<u8>>,
-    ) -> Self {
+    /// With the repository's cutter and key of ids.
+    pub fn new(cutter: &'a Cutter, id_key: [u8; 32], progress: &'a Progress, flusher: &'a Flusher) -> Self {
         let xattrs = XattrReader::default();
-        Self { cutter, id_key, progress, flusher, xattrs, buffers, part: Part::default(), weight: 0 }
+        Self { cutter, id_key, progress, flusher, xattrs, part: Part::default(), weight: 0 }
     }
 
     /// Shows where the next steps are.
@@ -185,10 +177,10 @@ impl<'a> FileReader<'a> {
         let NodeContent::Pipe(pipe) = std::mem::replace(&mut node.content, NodeContent::Streamed) else {
             return Ok(Step::Node(node));
         };
-        let mut source = PipeSource { pipe, begun: Vec::new(), read: 0, failure: None };
+        let mut source = PipeSource { pipe, begun: BlockBuffer::default(), read: 0, failure: None };
         let begun = source.begin();
         if begun.is_ok() && source.begun.len() <= INLINE_BYTES {
-            node.content = NodeContent::Inline(std::mem::take(&mut source.begun));
+            node.content = NodeContent::Inline(source.begun.to_vec());
         } else if begun.is_err() || self.stream(&mut source, out)?.is_err() {
             let failure = source.failure.map(|error| error.to_string()).unwrap_or_default();
             return Err(BackupError::Stream(failure));
@@ -200,7 +192,7 @@ impl<'a> FileReader<'a> {
     }
 
     fn small(&mut self, source: &mut Source<'_>, node: &mut Node) -> Result<(), Errno> {
-        self.reuse_buffer();
+        self.begin_data();
         let start = self.part.data.len();
         loop {
             match source.append(&mut self.part.data, READ_BYTES) {
@@ -225,7 +217,7 @@ impl<'a> FileReader<'a> {
     }
 
     fn stream(&mut self, source: &mut dyn Bytes, out: PartSink<'_>) -> Result<Result<(), Errno>, BackupError> {
-        self.reuse_buffer();
+        self.begin_data();
         let maximum = self.cutter.maximum();
         let mut start = self.part.data.len();
         let mut ended = false;
@@ -251,9 +243,9 @@ impl<'a> FileReader<'a> {
                 start += chunk.len();
             }
             if self.part.data.len() >= PART_BYTES {
-                let tail = self.part.data.split_off(start);
                 let mut next = self.buffer();
-                next.extend_from_slice(&tail);
+                next.extend_from_slice(self.part.data.get(start..).unwrap_or_default());
+                self.part.data.truncate(start);
                 self.flush(&mut *out)?;
                 self.part.data = next;
                 start = 0;
@@ -264,19 +256,14 @@ impl<'a> FileReader<'a> {
         }
     }
 
-    fn reuse_buffer(&mut self) {
+    fn begin_data(&mut self) {
         if self.part.data.capacity() == 0 {
             self.part.data = self.buffer();
         }
     }
 
-    fn buffer(&self) -> Vec<u8> {
-        let mut buffer = self
-            .buffers
-            .try_recv()
-            .unwrap_or_else(|_| Vec::with_capacity(PART_BYTES + self.cutter.maximum() + READ_BYTES));
-        buffer.clear();
-        buffer
+    fn buffer(&self) -> BlockBuffer {
+        BlockBuffer::with_capacity(PART_BYTES + self.cutter.maximum() + READ_BYTES)
     }
 }
 
@@ -299,31 +286,31 @@ fn problem(node: &Node, message: String) -> Step {
 /// Bytes to be cut.
 trait Bytes {
     /// Appends up to `wanted` bytes; 0 at the end.
-    fn append(&mut self, data: &mut Vec<u8>, wanted: usize) -> Result<usize, Errno>;
+    fn append(&mut self, data: &mut BlockBuffer, wanted: usize) -> Result<usize, Errno>;
 }
 
 /// What comes through a pipe.
 struct PipeSource {
     pipe: Pipe,
     /// Read ahead, to see whether it is more than stands in a directory entry.
-    begun: Vec<u8>,
+    begun: BlockBuffer,
     read: u64,
     failure: Option<std::io::Error>,
 }
 
 impl PipeSource {
     fn begin(&mut self) -> Result<(), Errno> {
-        let mut begun = Vec::new();
+        let mut begun = BlockBuffer::default();
         while begun.len() <= INLINE_BYTES && self.read_more(&mut begun, READ_BYTES)? > 0 {}
         self.begun = begun;
         Ok(())
     }
 
-    fn read_more(&mut self, data: &mut Vec<u8>, wanted: usize) -> Result<usize, Errno> {
+    fn read_more(&mut self, data: &mut BlockBuffer, wanted: usize) -> Result<usize, Errno> {
         let start = data.len();
-        data.resize(start + wanted, 0);
+        let room = data.grow(wanted);
         let result = loop {
-            match self.pipe.content.read(data.get_mut(start..).unwrap_or_default()) {
+            match self.pipe.content.read(room) {
                 Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
                 result => break result,
             }
@@ -343,7 +330,7 @@ impl PipeSource {
 }
 
 impl Bytes for PipeSource {
-    fn append(&mut self, data: &mut Vec<u8>, wanted: usize) -> Result<usize, Errno> {
+    fn append(&mut self, data: &mut BlockBuffer, wanted: usize) -> Result<usize, Errno> {
         if self.begun.is_empty() {
             return self.read_more(data, wanted);
         }
@@ -398,7 +385,7 @@ impl<'a> Source<'a> {
 }
 
 impl Bytes for Source<'_> {
-    fn append(&mut self, data: &mut Vec<u8>, wanted: usize) -> Result<usize, Errno> {
+    fn append(&mut self, data: &mut BlockBuffer, wanted: usize) -> Result<usize, Errno> {
         if self.offset >= self.segment_end && self.offset < self.size {
             self.next_segment();
         }
@@ -408,14 +395,8 @@ impl Bytes for Source<'_> {
             return Ok(0);
         }
         let start = data.len();
-        let result = if self.holes.is_empty() && self.segment_end == self.size {
-            // Into memory that was never written, as much as fits; a file may have become longer than it was.
-            data.reserve(wanted);
-            retry(|| rustix::io::pread(self.fd, spare_capacity(data), self.offset)).map(|read| read.min(left))
-        } else {
-            data.resize(start + wanted, 0);
-            retry(|| rustix::io::pread(self.fd, data.get_mut(start..).unwrap_or_default(), self.offset))
-        };
+        let room = data.grow(wanted);
+        let result = retry(|| rustix::io::pread(self.fd, &mut *room, self.offset));
         let read = result.as_ref().copied().unwrap_or(0);
         data.truncate(start + read);
         if result == Ok(0) {

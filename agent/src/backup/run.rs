@@ -41,8 +41,6 @@ use crate::seal::Compression;
 const NAMES_IN_MEMORY: usize = 65_536;
 /// Batches between feeder and assembler beyond those being read: each holds at most about one part.
 const BATCHES_AHEAD: usize = 4;
-/// Used buffers kept for the readers; more than this are freed.
-const SPARE_BUFFERS: usize = 4;
 /// Directories that may wait to be listed ahead.
 const LISTINGS_QUEUED_MAX: usize = 64;
 
@@ -316,14 +314,12 @@ impl Pass<'_> {
         let (data, data_blocks) = bounded(1);
         let (trees, tree_blocks) = bounded(2);
         let (emptied_sender, emptied) = bounded(sealers.len());
-        let (buffers, used_buffers) = bounded(SPARE_BUFFERS);
         let (jobs_sender, jobs) = bounded(1);
         let (ordered_sender, ordered) = bounded(readers + BATCHES_AHEAD);
         let (lookahead, listings) = Lookahead::new(LISTINGS_QUEUED_MAX);
-        let channels = BlockChannels { data, trees, emptied, buffers };
+        let channels = BlockChannels { data, trees, emptied };
         let emitter = Emitter::new(&oracle, self.progress, self.keys.id_key, self.chunking, channels);
-        let reader =
-            || FileReader::new(self.cutter, self.keys.id_key, self.progress, self.flusher, used_buffers.clone());
+        let reader = || FileReader::new(self.cutter, self.keys.id_key, self.progress, self.flusher);
         let assembler = Assembler::new(emitter, reader(), self.progress, self.keys, cache);
         let tree_sealer = sealers.pop();
 

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use bytes::Bytes;
 use crossbeam_channel::{Receiver, Sender};
 use rustix::time::{ClockId, clock_gettime};
 use strandline_actors::runtime::clock;
@@ -39,18 +40,17 @@ impl SealStage<'_> {
             let began = clock::now();
             sealer.set_level(levels.next(bytes, began.saturating_duration_since(idle_since)))?;
             let processor = processor_time();
-            let mut sealed = Vec::new();
-            let codec = sealer.seal(block.kind, &block.rows, &mut block.body, &mut sealed)?;
+            let sealed = sealer.seal(block.kind, &block.rows, &mut block.body)?;
             idle_since = clock::now();
             levels.sealed(Sealing {
                 elapsed: idle_since.saturating_duration_since(began),
                 processor: processor_time().saturating_sub(processor),
                 bytes,
-                codec,
+                codec: sealed.codec,
             });
             self.progress.blocks.add(1);
-            self.progress.bytes_stored.add(sealed.len() as u64);
-            self.sink.send(permit, sealed.into())?;
+            self.progress.bytes_stored.add(sealed.bytes.len() as u64);
+            self.sink.send(permit, Bytes::from_owner(sealed.bytes))?;
             block.clear();
             // A full channel means that enough empty blocks are waiting.
             drop(emptied.try_send(block));

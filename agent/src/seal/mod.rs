@@ -21,7 +21,7 @@ pub use compression::{Compression, LevelControl, Sealing, USUAL_LEVEL};
 pub use data_key::DataKey;
 pub use manifest::{ManifestFields, open_manifest, sign_manifest, verify_manifest};
 pub use open::{OpenedBlock, OpenedChunk, Opener};
-pub use seal_block::Sealer;
+pub use seal_block::{SealedBlock, Sealer};
 
 /// Why a block or a manifest cannot be sealed.
 #[derive(Debug, thiserror::Error)]

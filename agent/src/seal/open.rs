@@ -264,9 +264,7 @@ mod tests {
             for chunk in chunks {
                 body.push(chunk);
             }
-            let mut out = Vec::new();
-            self.sealer.seal(kind, rows, &mut body, &mut out).unwrap();
-            out
+            self.sealer.seal(kind, rows, &mut body).unwrap().bytes.to_vec()
         }
 
         fn tree_block(&mut self) -> Vec<u8> {

@@ -1,13 +1,13 @@
 //! The sealer: chunks in, a finished block out. One per thread; it reuses its buffers and compression context.
 
 use aws_lc_rs::aead::Aad;
+use strandline_actors::runtime::buffer::BlockBuffer;
 use strandline_messages::format::FormatError;
 use strandline_messages::format::block::{
     BlockHeaderV1, ChunkRow, Codec, DIGEST_BYTES, FIXED_HEADER_BYTES, PLAINTEXT_BYTES_MAX, TAG_BYTES, encode_row,
 };
-use strandline_messages::format::chunk::REFERENCE_BYTES;
 use strandline_messages::format::cursor::check_limit;
-use strandline_messages::{ChunkId, ChunkKind, limits};
+use strandline_messages::{ChunkKind, limits};
 use zstd::bulk::Compressor;
 use zstd::zstd_safe::CParameter;
 
@@ -34,8 +34,19 @@ pub struct Sealer {
     level: i32,
     compressor: Option<Compressor<'static>>,
     probe: Option<Compressor<'static>>,
-    /// What the compressor wrote last: a block is then as large as it must be, and not as it might have become.
-    compressed: Vec<u8>,
+    /// What the compressor wrote last, and more: a block is then as large as it must be, and not as it might have become.
+    compressed: BlockBuffer,
+    /// The table of the last block.
+    table: Vec<u8>,
+}
+
+/// A finished block.
+#[derive(Debug)]
+pub struct SealedBlock {
+    /// All of it.
+    pub bytes: BlockBuffer,
+    /// How its content was coded.
+    pub codec: Codec,
 }
 
 impl Clone for Sealer {
@@ -53,7 +64,14 @@ impl Sealer {
 
     /// Seals under an existing data key.
     pub fn with_data_key(data_key: DataKey, zstd_level: i32) -> Self {
-        Self { data_key, level: zstd_level, compressor: None, probe: None, compressed: Vec::new() }
+        Self {
+            data_key,
+            level: zstd_level,
+            compressor: None,
+            probe: None,
+            compressed: BlockBuffer::default(),
+            table: Vec::new(),
+        }
     }
 
     /// The session's data key: the manifest is sealed under it too.
@@ -72,17 +90,10 @@ impl Sealer {
         Ok(())
     }
 
-    /// Seals `body`, the chunks of `rows`, and replaces `out` by the block; the codec that it got. The rows' ids are
-    /// trusted. Data rows have no references.
-    pub fn seal(
-        &mut self,
-        kind: ChunkKind,
-        rows: &[ChunkRow],
-        body: &mut Body,
-        out: &mut Vec<u8>,
-    ) -> Result<Codec, SealError> {
+    /// Seals `body`, the chunks of `rows`. The rows' ids are trusted. Data rows have no references.
+    pub fn seal(&mut self, kind: ChunkKind, rows: &[ChunkRow], body: &mut Body) -> Result<SealedBlock, SealError> {
         let random = random()?;
-        self.seal_with_random(kind, rows, body, &random, out)
+        self.seal_with_random(kind, rows, body, &random)
     }
 
     fn seal_with_random(
@@ -91,53 +102,55 @@ impl Sealer {
         rows: &[ChunkRow],
         body: &mut Body,
         random: &[u8; 32],
-        out: &mut Vec<u8>,
-    ) -> Result<Codec, SealError> {
+    ) -> Result<SealedBlock, SealError> {
         check_parts(kind, rows, body)?;
-        let input = body.input();
-        let codec = self.compress(input)?;
-        let content = if codec == Codec::Zstd { &self.compressed } else { input };
-
-        out.clear();
-        let references: usize = rows.iter().map(|row| row.references.len()).sum();
-        let table = rows.len() * (ChunkId::LEN + 2) + references * REFERENCE_BYTES;
-        let around = FIXED_HEADER_BYTES + self.data_key.wrapped().len() + table + TAG_BYTES + DIGEST_BYTES;
-        out.reserve_exact(around + content.len());
-        out.resize(FIXED_HEADER_BYTES, 0);
-        out.extend_from_slice(self.data_key.wrapped());
+        self.table.clear();
         for row in rows {
-            encode_row(kind, &row.id, &row.references, out);
+            encode_row(kind, &row.id, &row.references, &mut self.table);
         }
-        let aad_bytes = out.len();
-        let table_bytes = aad_bytes - FIXED_HEADER_BYTES - self.data_key.wrapped().len();
-        check_limit("chunk table", table_bytes as u64, limits::BLOCK_TABLE_BYTES_MAX)?;
-        out.extend_from_slice(content);
+        check_limit("chunk table", self.table.len() as u64, limits::BLOCK_TABLE_BYTES_MAX)?;
+        let input = body.input();
+        let compressed = self.compress(input)?;
+        let (codec, content) = match compressed {
+            Some(written) => (Codec::Zstd, self.compressed.get(..written).unwrap_or_default()),
+            None => (Codec::Stored, input),
+        };
+
+        let wrapped = self.data_key.wrapped();
+        let aad_bytes = FIXED_HEADER_BYTES + wrapped.len() + self.table.len();
+        let mut out = BlockBuffer::with_capacity(aad_bytes + content.len() + TAG_BYTES + DIGEST_BYTES);
+        out.grow(FIXED_HEADER_BYTES);
+        for section in [wrapped, &self.table, content] {
+            out.extend_from_slice(section);
+        }
         let header = BlockHeaderV1 {
             kind,
             codec,
             wrap_algorithm: self.data_key.wrap_algorithm(),
-            wrapped_key_bytes: small(self.data_key.wrapped().len())?,
+            wrapped_key_bytes: small(wrapped.len())?,
             chunks: small(rows.len())?,
-            table_bytes: small(table_bytes)?,
-            body_bytes: small(out.len() - aad_bytes + TAG_BYTES)?,
+            table_bytes: small(self.table.len())?,
+            body_bytes: small(content.len() + TAG_BYTES)?,
             repository: self.data_key.repository(),
             salt: [0; 32],
             commitment: [0; 32],
         };
-        encrypt(&self.data_key, header, random, aad_bytes, out)?;
-        Ok(codec)
+        encrypt(&self.data_key, header, random, aad_bytes, &mut out)?;
+        Ok(SealedBlock { bytes: out, codec })
     }
 
-    /// Which codec the block gets; if it is not [`Codec::Stored`], `compressed` holds its output.
-    fn compress(&mut self, input: &[u8]) -> Result<Codec, SealError> {
+    /// The length of `input` in `compressed`, if that is worth it.
+    fn compress(&mut self, input: &[u8]) -> Result<Option<usize>, SealError> {
         if !self.worth_compressing(input)? {
-            return Ok(Codec::Stored);
+            return Ok(None);
         }
-        self.compressed.clear();
-        self.compressed.reserve(zstd::zstd_safe::compress_bound(input.len()));
+        let bytes_max = zstd::zstd_safe::compress_bound(input.len());
+        if self.compressed.len() < bytes_max {
+            self.compressed = BlockBuffer::with_len(bytes_max);
+        }
         let compressor = prepared(&mut self.compressor, self.level)?;
-        let written = compressor.compress_to_buffer(input, &mut self.compressed).map_err(SealError::Compress)?;
-        Ok(if gains(input.len(), written) { Codec::Zstd } else { Codec::Stored })
+        let written = compressor.compress_to_buffer(input, &mut *self.compressed).map_err(SealError::Compress)?;
+        Ok(gains(input.len(), written).then_some(written))
     }
 
     /// Compresses a few samples at the fastest level: media and ciphertext gain nothing, and most of the time of a
@@ -198,7 +211,7 @@ fn encrypt(
     mut header: BlockHeaderV1,
     random: &[u8; 32],
     aad_bytes: usize,
-    out: &mut Vec<u8>,
+    out: &mut BlockBuffer,
 ) -> Result<(), SealError> {
     let failed = |what| SealError::Crypto { what };
     let mut fixed = Vec::with_capacity(FIXED_HEADER_BYTES);
@@ -249,8 +262,8 @@ fn small<T: TryFrom<usize>>(number: usize) -> Result<T, SealError> {
 
 #[cfg(test)]
 mod tests {
-    use strandline_messages::RepositoryId;
     use strandline_messages::format::block::BlockView;
+    use strandline_messages::{ChunkId, RepositoryId};
 
     use super::*;
 
@@ -268,9 +281,7 @@ mod tests {
 
     fn seal_one(sealer: &mut Sealer, random: &[u8; 32], plaintext: &[u8]) -> Vec<u8> {
         let rows = [ChunkRow { id: ChunkId([3; 32]), references: Vec::new() }];
-        let mut out = Vec::new();
-        sealer.seal_with_random(ChunkKind::Data, &rows, &mut body(&[plaintext]), random, &mut out).unwrap();
-        out
+        sealer.seal_with_random(ChunkKind::Data, &rows, &mut body(&[plaintext]), random).unwrap().bytes.to_vec()
     }
 
     #[test]
@@ -323,10 +334,8 @@ mod tests {
         let mut sealer = Sealer::new(&keyset(), 3).unwrap();
         let row = |references| ChunkRow { id: ChunkId([3; 32]), references };
         let reference = strandline_messages::format::chunk::Reference::data(ChunkId([4; 32]));
-        let mut out = Vec::new();
-        let mut seal = |rows: &[ChunkRow], chunks: &[&[u8]]| {
-            sealer.seal(ChunkKind::Data, rows, &mut body(chunks), &mut out).is_ok()
-        };
+        let mut seal =
+            |rows: &[ChunkRow], chunks: &[&[u8]]| sealer.seal(ChunkKind::Data, rows, &mut body(chunks)).is_ok();
         assert!(seal(&[row(vec![])], &[b"ab"]));
         assert!(!seal(&[], &[]));
         assert!(!seal(&[row(vec![])], &[b"a", b"b"]));

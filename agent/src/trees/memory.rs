@@ -88,12 +88,11 @@ impl MemoryRepository {
         for chunk in &chunks {
             body.push(chunk);
         }
-        let mut out = Vec::new();
-        self.sealer.seal(kind, &rows, &mut body, &mut out).unwrap();
+        let block = self.sealer.seal(kind, &rows, &mut body).unwrap().bytes.to_vec();
         for row in rows {
             self.places.insert(row.id, self.blocks.len());
         }
-        self.blocks.push(out);
+        self.blocks.push(block);
     }
 
     pub(crate) fn node(&mut self, kind: ListKind, body: NodeBody, references: &[Reference]) -> ChunkId {

@@ -27,10 +27,10 @@ use super::segment::{self, Segment};
 use super::{COPIES_MAX, ChunkIndex, Copy, Found, IndexError};
 use crate::failpoint;
 
-/// Most full tables that wait to be written: two of them and the active one are about 40 MiB per repository at the default size.
+/// Most full tables that wait to be written: two of them and the active one are about 20 MiB per repository at the default size.
 pub const FROZEN_MAX: usize = 2;
-/// Entries at which a table is frozen.
-pub const FLUSH_ENTRIES: usize = 1 << 17;
+/// Entries at which a table is frozen: with those of the last block, a map that doubles at 7/8 of 2^17 does not.
+pub const FLUSH_ENTRIES: usize = 3 << 15;
 
 /// Entries that are not left in memory when a session ends; a smaller segment costs more than it frees.
 const RELIEVED_ENTRIES: usize = 1 << 13;

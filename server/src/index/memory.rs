@@ -1,26 +1,22 @@
 //! The entries that are not in a segment yet.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
+use std::collections::hash_map::{Entry as Slot, HashMap};
 
 use strandline_messages::ChunkId;
 
 use super::Copy;
 use super::entry::Entry;
 
-/// Entries in memory, about 100 bytes each.
+/// Entries in memory, 53 bytes each and as much again for what the map keeps free.
 #[derive(Debug, Default)]
 pub struct MemoryTable {
-    rows: HashMap<ChunkId, Row>,
+    first: HashMap<ChunkId, (u16, Copy)>,
+    /// Of the few chunks that were stored more than once lately, the later copies.
+    more: HashMap<ChunkId, Vec<(u16, Copy)>>,
     entries: usize,
     /// How far each pack is indexed once this table is in a segment, bytes from its start.
     pub covered: BTreeMap<u32, u32>,
-}
-
-#[derive(Debug)]
-struct Row {
-    first: (u16, Copy),
-    // Empty, and then without an allocation, unless the chunk was stored more than once lately.
-    more: Vec<(u16, Copy)>,
 }
 
 impl MemoryTable {
@@ -36,37 +32,41 @@ impl MemoryTable {
 
     /// Adds an entry; one of the same copy is replaced.
     pub fn insert(&mut self, id: ChunkId, domain: u16, copy: Copy) {
-        let Some(row) = self.rows.get_mut(&id) else {
-            self.rows.insert(id, Row { first: (domain, copy), more: Vec::new() });
-            self.entries += 1;
-            return;
-        };
         let same = |(other_domain, other): &(u16, Copy)| {
             *other_domain == domain && other.pack == copy.pack && other.offset == copy.offset
         };
-        if same(&row.first) {
-            row.first.1 = copy;
-        } else if let Some(known) = row.more.iter_mut().find(|known| same(known)) {
+        let mut first = match self.first.entry(id) {
+            Slot::Vacant(free) => {
+                free.insert((domain, copy));
+                self.entries += 1;
+                return;
+            }
+            Slot::Occupied(first) => first,
+        };
+        if same(first.get()) {
+            first.get_mut().1 = copy;
+            return;
+        }
+        let more = self.more.entry(id).or_default();
+        if let Some(known) = more.iter_mut().find(|known| same(known)) {
             known.1 = copy;
         } else {
-            row.more.push((domain, copy));
+            more.push((domain, copy));
             self.entries += 1;
         }
     }
 
     /// The copies of `id` in `domain`, newest first.
     pub fn find(&self, id: &ChunkId, domain: u16) -> impl Iterator<Item = &Copy> {
-        let row = self.rows.get(id);
-        let all = row.into_iter().flat_map(|row| row.more.iter().rev().chain([&row.first]));
-        all.filter(move |(found, _)| *found == domain).map(|(_, copy)| copy)
+        let more = self.more.get(id).into_iter().flat_map(|more| more.iter().rev());
+        more.chain(self.first.get(id)).filter(move |(found, _)| *found == domain).map(|(_, copy)| copy)
     }
 
     /// All entries in the order of a segment.
     pub fn sorted(&self) -> Vec<Entry> {
         let mut entries = Vec::with_capacity(self.entries);
-        for (&id, row) in &self.rows {
-            entries.extend([&row.first].into_iter().chain(&row.more).map(|&(domain, copy)| Entry { id, domain, copy }));
-        }
+        let later = self.more.iter().flat_map(|(id, more)| more.iter().map(move |copy| (id, copy)));
+        entries.extend(self.first.iter().chain(later).map(|(&id, &(domain, copy))| Entry { id, domain, copy }));
         entries.sort_unstable_by_key(Entry::key);
         entries
     }

@@ -41,10 +41,10 @@ fn seal(
     references: Vec<Reference>,
 ) -> Option<(ChunkId, Vec<u8>)> {
     let id = keyset.chunk_id(kind, bytes, &references);
-    let (mut body, mut block) = (Body::default(), Vec::new());
+    let mut body = Body::default();
     body.push(bytes);
-    sealer.seal(kind, &[ChunkRow { id, references }], &mut body, &mut block).ok()?;
-    Some((id, block))
+    let block = sealer.seal(kind, &[ChunkRow { id, references }], &mut body).ok()?;
+    Some((id, block.bytes.to_vec()))
 }
 
 /// A snapshot that can be read.

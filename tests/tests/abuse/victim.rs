@@ -215,9 +215,8 @@ pub fn block(keys: &Keyset) -> Result<(Vec<u8>, ChunkId)> {
     let id = keys.chunk_id(kind, &content, &references);
     let mut body = Body::default();
     body.push(&content);
-    let mut block = Vec::new();
-    Sealer::new(keys, 3)?.seal(kind, &[ChunkRow { id, references }], &mut body, &mut block)?;
-    Ok((block, id))
+    let block = Sealer::new(keys, 3)?.seal(kind, &[ChunkRow { id, references }], &mut body)?;
+    Ok((block.bytes.to_vec(), id))
 }
 
 /// A manifest of a snapshot whose root is `root`.
