@@ -119,7 +119,7 @@ impl Sealer {
         let wrapped = self.data_key.wrapped();
         let aad_bytes = FIXED_HEADER_BYTES + wrapped.len() + self.table.len();
         let mut out = BlockBuffer::with_capacity(aad_bytes + content.len() + TAG_BYTES + DIGEST_BYTES);
-        out.grow(FIXED_HEADER_BYTES);
+        out.grow(FIXED_HEADER_BYTES).fill(0);
         for section in [wrapped, &self.table, content] {
             out.extend_from_slice(section);
         }

@@ -21,8 +21,9 @@ from .shell import Failed, run, say
 
 # Emptying a file costs as much as a small file is worth.
 EMPTIED_FROM_BYTES = 64 << 10
-# ext4 passes over inodes deleted less than a minute ago (RECENTCY_MIN), six minutes while their table is not written.
-INODES_FORGOTTEN_AFTER_S = 65
+# ext4 passes over inodes deleted less than a minute ago (RECENTCY_MIN), six minutes while their table is not written, and
+# what is synced is in the journal only: restores of trees within these minutes took four times as long.
+INODES_FORGOTTEN_AFTER_S = 365
 INODES_NEGLIGIBLE = 20_000
 # Left alone when memory is touched.
 MEMORY_SPARED_BYTES = 512 << 20
