@@ -146,7 +146,8 @@ impl Sealer {
         }
         let bytes_max = zstd::zstd_safe::compress_bound(input.len());
         if self.compressed.len() < bytes_max {
-            self.compressed = BlockBuffer::with_len(bytes_max);
+            self.compressed.truncate(0);
+            self.compressed.grow(bytes_max);
         }
         let compressor = prepared(&mut self.compressor, self.level)?;
         let written = compressor.compress_to_buffer(input, &mut *self.compressed).map_err(SealError::Compress)?;

@@ -29,8 +29,8 @@ use crate::failpoint;
 
 /// Most full tables that wait to be written: two of them and the active one are about 20 MiB per repository at the default size.
 pub const FROZEN_MAX: usize = 2;
-/// Entries at which a table is frozen: with those of the last block, a map that doubles at 7/8 of 2^17 does not.
-pub const FLUSH_ENTRIES: usize = 3 << 15;
+/// Most entries of a table, unless more of them come at once: a map of 2^17 places takes so many.
+pub const FLUSH_ENTRIES: usize = 7 << 14;
 
 /// Entries that are not left in memory when a session ends; a smaller segment costs more than it frees.
 const RELIEVED_ENTRIES: usize = 1 << 13;
@@ -133,13 +133,14 @@ impl SegmentIndex {
     fn put(
         &self,
         domain: u16,
-        copies: impl Iterator<Item = (ChunkId, Copy)>,
+        copies: impl ExactSizeIterator<Item = (ChunkId, Copy)>,
         covered: Option<(u32, u32)>,
     ) -> Result<(), IndexError> {
         if self.shared.signal.lock().closing {
             return Err(closing());
         }
-        if self.shared.active.read().len() >= self.shared.flush_entries {
+        let present = self.shared.active.read().len();
+        if present > 0 && present + copies.len() > self.shared.flush_entries {
             self.freeze(true)?;
         }
         let mut active = self.shared.active.write();

@@ -71,3 +71,37 @@ impl MemoryTable {
         entries
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use strandline_messages::ChunkKind;
+
+    use super::*;
+
+    fn copy(pack: u32, bytes: u32) -> Copy {
+        Copy { pack, offset: 0, bytes, position: 0, kind: ChunkKind::Data, complete: false }
+    }
+
+    #[test]
+    fn copies_come_newest_first_and_of_their_domain_alone() {
+        let (id, other) = (ChunkId([1; 32]), ChunkId([2; 32]));
+        let mut table = MemoryTable::default();
+        for (pack, domain) in [(5, 0), (3, 0), (4, 1), (9, 0), (6, 1)] {
+            table.insert(id, domain, copy(pack, 1));
+        }
+        table.insert(other, 0, copy(5, 1));
+        let packs = |table: &MemoryTable, domain| -> Vec<(u32, u32)> {
+            table.find(&id, domain).map(|copy| (copy.pack, copy.bytes)).collect()
+        };
+        assert_eq!(packs(&table, 0), [(9, 1), (3, 1), (5, 1)]);
+        assert_eq!(packs(&table, 1), [(6, 1), (4, 1)]);
+        assert_eq!(table.len(), 6);
+        // The same copies again, the first of all and a later one: what is known of them is replaced where it stands.
+        table.insert(id, 0, copy(5, 2));
+        table.insert(id, 0, copy(3, 3));
+        assert_eq!(packs(&table, 0), [(9, 1), (3, 3), (5, 2)]);
+        assert_eq!(table.len(), 6);
+        let sorted = table.sorted();
+        assert!(sorted.len() == 6 && sorted.is_sorted_by_key(Entry::key));
+    }
+}
