@@ -59,7 +59,7 @@ pub use repository::{BlockAddress, CommitOutcome, Repository, Totals};
 use server_key::ServerKey;
 use slots::{NamedSlots, named_slots};
 
-/// Memory for index pages, shared by all repositories, bytes. Behind it is the system's page cache, which is worth nearly as much.
+/// Memory for index pages, shared by all repositories, bytes. Behind it is the system's page cache.
 pub const INDEX_CACHE_BYTES: usize = 24 << 20;
 /// Longest repository file, bytes.
 const REPOSITORY_FILE_BYTES_MAX: usize = 4096;

@@ -8,7 +8,7 @@ use strandline_messages::ChunkId;
 use super::Copy;
 use super::entry::Entry;
 
-/// Entries in memory, 53 bytes each and as much again for what the map keeps free.
+/// Entries in memory, 53 bytes each, and up to as much again for what the map keeps free.
 #[derive(Debug, Default)]
 pub struct MemoryTable {
     first: HashMap<ChunkId, (u16, Copy)>,
