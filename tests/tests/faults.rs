@@ -69,6 +69,8 @@ fn s04_s21_connections_cut_at_any_byte_in_any_direction_cost_nothing_but_time() 
         }
         // A command that cannot reach its server three times at its very start gives up; that is not what is tested.
         plan.cuts.retain(|cut| cut.after_bytes > 4_000 || cut.connection.is_none_or(|number| number > 0));
+        // A run must not end before it misses what it lost.
+        plan.bytes_per_second = Some(3 * MIB);
         rig.plan(plan.clone())?;
         let before = rig.proxy()?.connections();
         let outcome = finish(writer.start_backup(&source, &["--streams", "4"])?);
@@ -78,7 +80,7 @@ fn s04_s21_connections_cut_at_any_byte_in_any_direction_cost_nothing_but_time() 
         cuts += u64::from(rig.proxy()?.connections() > before + 5);
         ensure_restores(&rig, &reader, &summary.snapshot()?, &source)?;
     }
-    ensure!(cuts > 0, "none of {rounds} runs lost a connection that it needed");
+    ensure!(cuts >= rounds / 3, "only {cuts} of {rounds} runs lost a connection that they needed");
     ensure!(reader.snapshots()?.len() as u64 == rounds, "each run makes exactly one snapshot");
     rig.ensure_no_panic()
 }
