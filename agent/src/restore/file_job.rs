@@ -15,7 +15,7 @@ use super::layout::Layout;
 use super::links::LinkKey;
 use super::report::count;
 use super::reuse::Identity;
-use super::{Action, Overwrite, Restorer};
+use super::{Action, Overwrite, Restorer, unnamed};
 
 /// Unit in which runs of zeros are looked for, bytes: what most file systems allocate at least.
 const ZERO_BLOCK: u64 = 4096;
@@ -41,8 +41,8 @@ pub(super) struct FileJob {
 
 /// Where the bytes go.
 pub(super) enum Place {
-    /// Into a file of this temporary name, which gets its own name when it is complete.
-    Temporary(Vec<u8>),
+    /// Into a new file, which gets its own name when it is complete. Until then it has none, or this temporary one.
+    New(Vec<u8>),
     /// Into the file that is there, and only where it differs. While it is neither what it was nor what it will be, its
     /// time is not the snapshot's: [`UNFINISHED`] on the disk before the first write, then that of the last write. No later
     /// restore takes it for complete.
@@ -51,9 +51,19 @@ pub(super) enum Place {
 
 #[derive(Default)]
 struct State {
-    /// The temporary file is there, or the existing one is marked as unfinished.
-    begun: bool,
+    begun: Begun,
     failed: Option<String>,
+}
+
+/// What has been done for the first byte.
+#[derive(Default)]
+enum Begun {
+    #[default]
+    Nothing,
+    /// The file under the temporary name is there, or the existing one is marked as unfinished.
+    Named,
+    /// A file without a name is there as long as this is open.
+    Unnamed(Arc<OwnedFd>),
 }
 
 impl FileJob {
@@ -71,7 +81,7 @@ impl FileJob {
             meta,
             layout,
             link,
-            place: existing.map_or_else(|| Place::Temporary(restorer.temporary_name()), Place::Existing),
+            place: existing.map_or_else(|| Place::New(restorer.temporary_name()), Place::Existing),
             pending: AtomicUsize::new(1),
             state: Mutex::default(),
             writing: Mutex::default(),
@@ -97,28 +107,49 @@ impl FileJob {
         matches!(self.place, Place::Existing(_))
     }
 
-    /// Opens the file for writing; the first to do so makes the temporary one, or marks the existing one as unfinished.
-    pub(super) fn open(&self, restorer: &Restorer) -> io::Result<OwnedFd> {
+    /// Opens the file for writing, by its name if need be again and again; the first to do so makes the new one, or marks
+    /// the existing one as unfinished.
+    pub(super) fn open(&self, restorer: &Restorer) -> io::Result<Arc<OwnedFd>> {
         let directory = restorer.handles.open(&self.directory)?;
         let mut state = self.state.lock();
         let flags = OFlags::WRONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
-        let handle = match &self.place {
-            Place::Temporary(name) => {
+        let handle = match (&self.place, &state.begun) {
+            (_, Begun::Unnamed(handle)) => return Ok(Arc::clone(handle)),
+            (Place::New(name), begun) => {
                 let mode = restorer.attributes.mode_while_written(&self.meta);
-                let make = if state.begun { OFlags::empty() } else { OFlags::CREATE | OFlags::EXCL };
+                let make = if matches!(begun, Begun::Named) { OFlags::empty() } else { OFlags::CREATE | OFlags::EXCL };
                 rustix::fs::openat(&*directory, name.as_slice(), flags | make, mode)?
             }
-            Place::Existing(identity) => {
+            (Place::Existing(identity), begun) => {
                 let handle = rustix::fs::openat(&*directory, self.meta.name.as_slice(), flags, Mode::empty())?;
                 identity.check(&handle)?;
-                if !state.begun {
+                if matches!(begun, Begun::Nothing) {
                     self.mark(&handle)?;
                 }
                 handle
             }
         };
-        state.begun = true;
-        Ok(handle)
+        state.begun = Begun::Named;
+        Ok(Arc::new(handle))
+    }
+
+    /// Opens the file to write `bytes` at `offset` of the content stream. If that is all of it, and nobody was in the
+    /// directory before, the file needs no name until it is complete.
+    pub(super) fn open_for(&self, restorer: &Restorer, offset: u64, bytes: u64) -> io::Result<Arc<OwnedFd>> {
+        let is_whole = offset == 0 && bytes == self.layout.content;
+        if is_whole && restorer.unnamed && self.directory.is_fresh() && !self.is_in_place() {
+            let mut state = self.state.lock();
+            if matches!(state.begun, Begun::Nothing) {
+                let directory = restorer.handles.open(&self.directory)?;
+                // Not on this file system after all: under a temporary name, then.
+                if let Ok(handle) = unnamed::make(&directory, restorer.attributes.mode_while_written(&self.meta)) {
+                    let handle = Arc::new(handle);
+                    state.begun = Begun::Unnamed(Arc::clone(&handle));
+                    return Ok(handle);
+                }
+            }
+        }
+        self.open(restorer)
     }
 
     /// Makes sure, even if the machine stops, that the file does not look complete from here on.
@@ -150,8 +181,8 @@ impl FileJob {
         Ok(())
     }
 
-    /// One piece is done, well or not. The last completes the file; `handle` is the open temporary file if there is one.
-    pub(super) fn release(&self, restorer: &Restorer, handle: Option<&OwnedFd>) {
+    /// One piece is done, well or not. The last completes the file; `handle` is the new file if it is open.
+    pub(super) fn release(&self, restorer: &Restorer, handle: Option<&Arc<OwnedFd>>) {
         if self.pending.fetch_sub(1, Ordering::AcqRel) != 1 {
             return;
         }
@@ -180,48 +211,52 @@ impl FileJob {
         self.directory.release(restorer);
     }
 
-    /// Removes the temporary file. A file that was changed in place stays as it is, marked as unfinished.
+    /// Removes the new file. A file that was changed in place stays as it is, marked as unfinished.
     fn abandon(&self, restorer: &Restorer, reason: &mut String) {
-        match (&self.place, self.state.lock().begun) {
-            (Place::Temporary(name), true) => {
+        match (&self.place, &self.state.lock().begun) {
+            (Place::New(name), Begun::Named) => {
                 if let Ok(directory) = restorer.handles.open(&self.directory) {
                     // An error here leaves a temporary file behind; the reason recorded is the one that matters.
                     let _ = rustix::fs::unlinkat(&*directory, name.as_slice(), AtFlags::empty());
                 }
             }
-            (Place::Existing(_), true) => {
+            (Place::Existing(_), Begun::Named) => {
                 *reason += "; it was being changed in place and is partly old, partly new: run the command again";
             }
-            (_, false) => {}
+            (_, Begun::Nothing | Begun::Unnamed(_)) => {}
         }
     }
 
-    fn complete(&self, restorer: &Restorer, handle: Option<&OwnedFd>) -> io::Result<()> {
+    fn complete(&self, restorer: &Restorer, handle: Option<&Arc<OwnedFd>>) -> io::Result<()> {
         let opened;
         let handle = match (handle, &self.place) {
             (Some(handle), _) => handle,
-            (None, Place::Existing(identity)) if !self.state.lock().begun => {
+            (None, Place::Existing(identity)) if !self.is_begun() => {
                 let directory = restorer.handles.open(&self.directory)?;
                 let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
-                opened = rustix::fs::openat(&*directory, self.meta.name.as_slice(), flags, Mode::empty())?;
-                identity.check(&opened)?;
+                let handle = rustix::fs::openat(&*directory, self.meta.name.as_slice(), flags, Mode::empty())?;
+                identity.check(&handle)?;
+                opened = Arc::new(handle);
                 &opened
             }
             (None, _) => {
-                opened = self.open(restorer)?;
+                opened = self.open_for(restorer, 0, 0)?;
                 &opened
             }
         };
         match &self.place {
-            Place::Temporary(name) => {
+            Place::New(temporary) => {
                 if restorer.options.sparse || !self.layout.holes().is_empty() {
                     rustix::fs::ftruncate(handle, self.layout.size)?;
                 }
                 restorer.attributes.apply_to_open(handle, &self.meta, &restorer.issues);
-                put_in_place(restorer, &self.directory, name, &self.meta.name)
+                if self.gets_name(restorer, handle, temporary)? {
+                    return Ok(());
+                }
+                put_in_place(restorer, &self.directory, temporary, &self.meta.name)
             }
             Place::Existing(_) => {
-                if self.state.lock().begun {
+                if self.is_begun() {
                     // The time is what makes it look complete: it must not reach the disk before the content.
                     rustix::fs::fsync(handle)?;
                 }
@@ -229,6 +264,27 @@ impl FileJob {
                 restorer.attributes.apply_to_open(handle, &self.meta, &restorer.issues);
                 Ok(())
             }
+        }
+    }
+
+    fn is_begun(&self) -> bool {
+        !matches!(self.state.lock().begun, Begun::Nothing)
+    }
+
+    /// Gives a file without a name its own, which is true, or the temporary one if somebody took its own meanwhile.
+    fn gets_name(&self, restorer: &Restorer, handle: &Arc<OwnedFd>, temporary: &[u8]) -> io::Result<bool> {
+        let mut state = self.state.lock();
+        if !matches!(state.begun, Begun::Unnamed(_)) {
+            return Ok(false);
+        }
+        let directory = restorer.handles.open(&self.directory)?;
+        match unnamed::give_name(handle, &directory, &self.meta.name) {
+            Err(Errno::EXIST) => {
+                unnamed::give_name(handle, &directory, temporary)?;
+                state.begun = Begun::Named;
+                Ok(false)
+            }
+            other => Ok(other.map(|()| true)?),
         }
     }
 }

@@ -7,7 +7,7 @@
 //! Rules that hold everywhere below:
 //! - Nothing is opened by path: every step goes from a directory's descriptor to one name, never through a symbolic link.
 //!   A hostile tree cannot write outside of the target.
-//! - A file is written under a temporary name and renamed when it is complete, so no half file bears its final name. Only
+//! - A file gets its name when it is complete, so no half file bears it: until then it has none, or a temporary one. Only
 //!   on request ([`RestoreOptions::in_place`]) is an existing file changed where it differs; until it is complete its time
 //!   says that it is not.
 //! - A directory's attributes are set when the walk has left it and everything in it is finished.
@@ -28,6 +28,7 @@ mod links;
 mod planner;
 mod report;
 mod reuse;
+mod unnamed;
 mod verify;
 mod window;
 
@@ -209,6 +210,8 @@ struct Restorer {
     /// Random, so that temporary names meet nobody else's.
     temporary: String,
     temporaries: AtomicU64,
+    /// Whether files can be made that have no name at first.
+    unnamed: bool,
 }
 
 /// Restores the tree under `root`. Problems of single paths are in the report; an error means that the restore as a whole
@@ -228,7 +231,7 @@ pub fn restore(
     let handles = Handles::open_target(&options.target, options.dry_run).map_err(failed)?;
     let _lock = take_target(&handles, options)?;
     let token = u64::from_le_bytes(random()?);
-    let restorer = Restorer {
+    let mut restorer = Restorer {
         reader,
         keyset: keyset.clone(),
         filter,
@@ -238,9 +241,11 @@ pub fn restore(
         deleter,
         temporary: format!("{}{token:016x}", leftovers::PREFIX),
         temporaries: AtomicU64::new(0),
+        unnamed: false,
         options: options.clone(),
         handles,
     };
+    restorer.unnamed = restorer.can_have_unnamed();
     let top = Directory::target(!restorer.handles.has_target());
     Planner::run(&restorer, &top, &start);
     restorer.links.remove(&restorer);
@@ -305,6 +310,11 @@ impl Restorer {
     fn temporary_name(&self) -> Vec<u8> {
         let number = self.temporaries.fetch_add(1, Ordering::Relaxed);
         format!("{}-{number}", self.temporary).into_bytes()
+    }
+
+    fn can_have_unnamed(&self) -> bool {
+        let target = self.handles.target().ok().filter(|_| !self.options.dry_run);
+        target.is_some_and(|target| unnamed::are_possible(target, &self.temporary_name()))
     }
 
     /// Records a problem of the tree; the loss of the source ends the restore.

@@ -314,7 +314,7 @@ impl<'a> Planner<'a> {
     fn file(&mut self, job: &Arc<FileJob>, entry: &DirEntry, content: &Content, old: Option<Old>) {
         let restorer = self.restorer;
         if let Content::Inline(bytes) = content {
-            let written = job.open(restorer).and_then(|handle| {
+            let written = job.open_for(restorer, 0, bytes.len() as u64).and_then(|handle| {
                 job.write(restorer, &handle, 0, bytes)?;
                 Ok(handle)
             });

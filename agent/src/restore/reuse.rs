@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use rustix::fs::{Advice, FallocateFlags, FileType, Mode, OFlags, SeekFrom};
@@ -112,8 +113,8 @@ impl Old {
 /// What an existing file contributes to a file job. Belongs to the planner's thread.
 pub(super) struct Reuse {
     old: Old,
-    /// The temporary file, kept open from the first piece that is copied into it.
-    handle: Option<OwnedFd>,
+    /// The new file, kept open from the first piece that is copied into it.
+    handle: Option<Arc<OwnedFd>>,
 }
 
 impl Reuse {

@@ -344,3 +344,40 @@ fn one_file_costs_the_blocks_on_its_way_and_patterns_that_match_nothing_are_told
     assert_eq!(report.unmatched, ["/d50/none"]);
     assert_eq!(names(case.target.path()), ["d50", "d50/f10", "f10"]);
 }
+
+#[test]
+fn a_name_that_somebody_takes_while_its_file_is_written_is_replaced_or_left_as_asked() {
+    for overwrite in [Overwrite::Always, Overwrite::IfChanged, Overwrite::Never] {
+        let mut repo = MemoryRepository::new();
+        let mut dir = DirMaker::default();
+        dir.file(&mut repo, b"chunk", b"one chunk", 100);
+        dir.file(&mut repo, b"chunks", b"several", 2);
+        dir.inline(b"inline", b"in the entry");
+        dir.file(&mut repo, b"other", b"nobody's", 100);
+        let dir = dir.finish(&mut repo);
+        let mut root = DirMaker::default();
+        root.directory(b"dir", dir);
+        let mut case = Case::new(repo, root);
+        let dir = case.path("dir");
+        // Told when the directory has been made, before anything is in it.
+        let take = move |_: Action, path: &[u8]| {
+            if path == b"dir" {
+                for name in ["chunk", "chunks", "inline"] {
+                    fs::write(dir.join(name), "mine").unwrap();
+                }
+            }
+        };
+        case.options.listener = Listener::new(take);
+        case.options.overwrite = overwrite;
+        let report = case.run();
+        assert_eq!(case.read("dir/other"), b"nobody's");
+        let found = ["chunk", "chunks", "inline"].map(|name| case.read(&format!("dir/{name}")));
+        if overwrite == Overwrite::Never {
+            assert_eq!((report.files, report.issues_total), (1, 3), "{report:?}");
+            assert_eq!(found, [b"mine"; 3]);
+        } else {
+            assert_eq!((report.files, report.issues_total), (4, 0), "{report:?}");
+            assert_eq!(found, [&b"one chunk"[..], b"several", b"in the entry"]);
+        }
+    }
+}

@@ -79,7 +79,7 @@ pub(super) struct Window {
 struct Run {
     file: Arc<FileJob>,
     /// `None` if the file cannot be opened or has failed.
-    handle: Option<OwnedFd>,
+    handle: Option<Arc<OwnedFd>>,
     /// Where in the file's content stream.
     offset: u64,
     chunks: RangeInclusive<usize>,
@@ -106,7 +106,9 @@ impl Run {
             if file.has_failed() {
                 return None;
             }
-            file.open(restorer).map_err(|error| file.fail(format!("it cannot be written: {error}"))).ok()
+            file.open_for(restorer, offset, bytes)
+                .map_err(|error| file.fail(format!("it cannot be written: {error}")))
+                .ok()
         });
         Self { file, handle, offset, chunks: chunk..=chunk, bytes }
     }
