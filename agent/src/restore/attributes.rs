@@ -82,9 +82,10 @@ impl Attributes {
     }
 
     /// With what permissions a file should be made so that it needs no change when it is complete: its own, if whoever
-    /// makes it is its owner, else those of a file under way. Always writable: several threads open it by name.
-    pub(super) fn mode_while_written(&self, meta: &Meta) -> Mode {
-        let plain = self.numbers(meta) == (self.uid, self.gid) && meta.xattrs.is_empty();
+    /// makes it is its owner and the directory gives it nothing else (`inherits`), else those of a file under way. Always
+    /// writable: several threads open it by name.
+    pub(super) fn mode_while_written(&self, meta: &Meta, inherits: bool) -> Mode {
+        let plain = self.numbers(meta) == (self.uid, self.gid) && meta.xattrs.is_empty() && !inherits;
         let shared = if plain { u32::from(meta.mode) & 0o077 } else { 0 };
         Mode::RUSR | Mode::WUSR | Mode::from_raw_mode(shared)
     }
@@ -93,10 +94,8 @@ impl Attributes {
     /// an entry in its journal.
     pub(super) fn apply_to_open(&self, handle: &impl AsFd, meta: &Meta, issues: &Issues) {
         let found = rustix::fs::fstat(handle).ok();
-        let owned = self.owner(meta, issues, |uid, gid| match &found {
-            Some(found) if (found.st_uid, found.st_gid) == (uid.as_raw(), gid.as_raw()) => Ok(()),
-            _ => rustix::fs::fchown(handle, Some(uid), Some(gid)),
-        });
+        let owner = found.as_ref().map(|found| (found.st_uid, found.st_gid));
+        let owned = self.owner(meta, issues, owner, |uid, gid| rustix::fs::fchown(handle, uid, Some(gid)));
         self.xattrs(meta, issues, |xattr| {
             rustix::fs::fsetxattr(handle, xattr.name.as_slice(), &xattr.value, XattrFlags::empty())
         });
@@ -109,7 +108,26 @@ impl Attributes {
         report(meta, issues, "time", rustix::fs::futimens(handle, &meta.times()));
     }
 
-    /// Removes what an existing file has and the snapshot does not: it might give somebody access. What the system guards
+    /// What is made in a new directory should get nothing from it: neither its group nor its default ACL. The directory's
+    /// own attributes are set when it is complete.
+    pub(super) fn give_nothing_on(&self, directory: &impl AsFd) -> std::io::Result<()> {
+        for acl in ["system.posix_acl_default", "system.posix_acl_access"] {
+            match rustix::fs::fremovexattr(directory, acl) {
+                Ok(()) | Err(Errno::NODATA | Errno::OPNOTSUPP) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        let found = rustix::fs::fstat(directory)?;
+        if found.st_gid != self.gid {
+            rustix::fs::fchown(directory, None, Some(Gid::from_raw(self.gid)))?;
+        }
+        if found.st_mode & 0o7777 != Mode::RWXU.as_raw_mode() {
+            rustix::fs::fchmod(directory, Mode::RWXU)?;
+        }
+        Ok(())
+    }
+
+    /// Removes what a file has from somewhere else and the snapshot does not: it might give somebody access. What the system guards
     /// by itself (labels of security modules) stays.
     pub(super) fn remove_others(handle: &impl AsFd, meta: &Meta, issues: &Issues) {
         let mut buffer = vec![0; XATTR_NAMES_BYTES_MAX];
@@ -130,8 +148,8 @@ impl Attributes {
 
     /// For links, pipes, sockets and devices: `name` in `directory`, never followed.
     pub(super) fn apply_to_name(&self, directory: &impl AsFd, name: &[u8], meta: &Meta, issues: &Issues) {
-        let owned = self.owner(meta, issues, |uid, gid| {
-            rustix::fs::chownat(directory, name, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW)
+        let owned = self.owner(meta, issues, None, |uid, gid| {
+            rustix::fs::chownat(directory, name, uid, Some(gid), AtFlags::SYMLINK_NOFOLLOW)
         });
         if !meta.xattrs.is_empty() {
             // There is no call for an attribute of a name in a directory; /proc leads to it without following the name.
@@ -155,22 +173,33 @@ impl Attributes {
         (uid, self.groups.get(&meta.owner.group).copied().unwrap_or(meta.owner.gid))
     }
 
-    /// Whether the owner is as it should be afterwards.
-    fn owner(&self, meta: &Meta, issues: &Issues, set: impl FnOnce(Uid, Gid) -> Result<(), Errno>) -> bool {
+    /// Whether the owner is as it should be afterwards; `found`: user and group now, if known.
+    fn owner(
+        &self,
+        meta: &Meta,
+        issues: &Issues,
+        found: Option<(u32, u32)>,
+        set: impl FnOnce(Option<Uid>, Gid) -> Result<(), Errno>,
+    ) -> bool {
         let (uid, gid) = self.numbers(meta);
         if !self.privileged {
-            let already = uid == self.uid && gid == self.gid;
-            if !already {
+            // The group may be another than ours: that of the directory, or what somebody made it. We may take it back.
+            let ours = (uid, gid) == (self.uid, self.gid);
+            let owned = ours && (found == Some((uid, gid)) || set(None, Gid::from_raw(gid)).is_ok());
+            if !owned {
                 count(&issues.progress.owners_skipped);
             }
-            return already;
+            return owned;
         }
         // The numbers with all bits set mean "do not change" to the system.
         if uid == u32::MAX || gid == u32::MAX {
             issues.add_flaw(&meta.path, "its owner is not a legal number".into());
             return false;
         }
-        match set(Uid::from_raw(uid), Gid::from_raw(gid)) {
+        if found == Some((uid, gid)) {
+            return true;
+        }
+        match set(Some(Uid::from_raw(uid)), Gid::from_raw(gid)) {
             Ok(()) => true,
             Err(Errno::PERM) => {
                 count(&issues.progress.owners_skipped);

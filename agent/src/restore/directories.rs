@@ -18,7 +18,7 @@ use rustix::io::Errno;
 
 use super::attributes::Meta;
 use super::report::count;
-use super::{Action, Overwrite, Restorer, leftovers};
+use super::{Action, Overwrite, Restorer, leftovers, unnamed};
 
 /// Descriptors of directories kept open.
 const OPEN_MAX: usize = 128;
@@ -36,6 +36,8 @@ pub(super) struct Directory {
     made: AtomicBool,
     /// Made by this restore: nothing can be in it that the restore did not put there.
     fresh: AtomicBool,
+    /// Files in it can be made without a name.
+    unnamed: AtomicBool,
     failed: AtomicBool,
     /// The walk, unfinished files and unfinished directories in it.
     pending: AtomicUsize,
@@ -62,6 +64,7 @@ impl Directory {
             meta: None,
             made: AtomicBool::new(true),
             fresh: AtomicBool::new(is_fresh),
+            unnamed: AtomicBool::new(false),
             failed: AtomicBool::new(false),
             pending: AtomicUsize::new(1),
         })
@@ -77,6 +80,7 @@ impl Directory {
             meta: Some(meta),
             made: AtomicBool::new(false),
             fresh: AtomicBool::new(false),
+            unnamed: AtomicBool::new(false),
             failed: AtomicBool::new(false),
             pending: AtomicUsize::new(1),
         })
@@ -106,6 +110,11 @@ impl Directory {
     /// Whether nothing was in it before this restore.
     pub(super) fn is_fresh(&self) -> bool {
         self.fresh.load(Ordering::Acquire)
+    }
+
+    /// Whether files in it can be made without a name: it is new, and on a file system that is good for them.
+    pub(super) fn takes_unnamed(&self) -> bool {
+        self.unnamed.load(Ordering::Acquire)
     }
 
     fn finish(self: &Arc<Self>, restorer: &Restorer) {
@@ -174,10 +183,12 @@ impl Directory {
         };
         match stat.map(|stat| FileType::from_raw_mode(stat.st_mode)) {
             Some(FileType::Directory) => {
+                // Not where another restore has its target.
                 if !restorer.options.dry_run
                     && let Ok(readable) = restorer.handles.open_readable(self)
+                    && let Ok(Some(lock)) = leftovers::lock(readable)
                 {
-                    leftovers::sweep(&readable);
+                    leftovers::sweep(&lock);
                 }
                 return Ok(Made::Yes);
             }
@@ -189,8 +200,22 @@ impl Directory {
         }
         if !restorer.options.dry_run {
             rustix::fs::mkdirat(&*above, self.name(), Mode::RWXU)?;
+            self.prepare(parent, restorer)?;
         }
         Ok(self.begin(restorer))
+    }
+
+    /// Just made: what will be in it inherits nothing, and may have no name at first. Both go on to directories below.
+    fn prepare(self: &Arc<Self>, parent: &Self, restorer: &Restorer) -> io::Result<()> {
+        let unnamed = if parent.is_fresh() {
+            parent.takes_unnamed()
+        } else {
+            let handle = restorer.handles.open_readable(self)?;
+            restorer.attributes.give_nothing_on(&handle)?;
+            unnamed::are_possible(&handle, &restorer.temporary_name())
+        };
+        self.unnamed.store(unnamed, Ordering::Release);
+        Ok(())
     }
 
     /// It is new and empty.

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use parking_lot::Mutex;
 use rustix::fs::{AtFlags, Mode, OFlags, RenameFlags, Timespec, Timestamps, UTIME_OMIT};
 use rustix::io::{Errno, ReadWriteFlags};
+use strandline_messages::format::tree::Content;
 
 use super::attributes::{Attributes, Meta};
 use super::directories::Directory;
@@ -24,6 +25,10 @@ const UNCACHED_FROM_BYTES: usize = 128 << 10;
 /// The modification time, seconds since 1970, of a file that is about to be changed in place.
 const UNFINISHED: i64 = 1;
 
+/// What is said of an entry whose name was taken in a directory that this restore has made.
+const TAKEN: &str = "something in a new directory had its name already and was replaced: another program's file, or an entry \
+                     whose name is the same to this file system";
+
 /// A regular file under way. Finished by whoever releases it last.
 pub(super) struct FileJob {
     pub(super) directory: Arc<Directory>,
@@ -32,6 +37,8 @@ pub(super) struct FileJob {
     /// Set if other entries may be links to it.
     link: Option<LinkKey>,
     place: Place,
+    /// All its content is written at once.
+    is_one_piece: bool,
     /// The planner, and pieces not yet written.
     pending: AtomicUsize,
     state: Mutex<State>,
@@ -74,6 +81,7 @@ impl FileJob {
         layout: Layout,
         link: Option<LinkKey>,
         existing: Option<Identity>,
+        content: &Content,
     ) -> Arc<Self> {
         directory.hold();
         Arc::new(Self {
@@ -82,6 +90,11 @@ impl FileJob {
             layout,
             link,
             place: existing.map_or_else(|| Place::New(restorer.temporary_name()), Place::Existing),
+            is_one_piece: match content {
+                Content::Inline(_) => true,
+                Content::Pieces(pieces) => pieces.len() <= 1,
+                Content::List { .. } => false,
+            },
             pending: AtomicUsize::new(1),
             state: Mutex::default(),
             writing: Mutex::default(),
@@ -107,8 +120,7 @@ impl FileJob {
         matches!(self.place, Place::Existing(_))
     }
 
-    /// Opens the file for writing, by its name if need be again and again; the first to do so makes the new one, or marks
-    /// the existing one as unfinished.
+    /// Opens the file for writing; the first to do so makes the new one, or marks the existing one as unfinished.
     pub(super) fn open(&self, restorer: &Restorer) -> io::Result<Arc<OwnedFd>> {
         let directory = restorer.handles.open(&self.directory)?;
         let mut state = self.state.lock();
@@ -116,8 +128,14 @@ impl FileJob {
         let handle = match (&self.place, &state.begun) {
             (_, Begun::Unnamed(handle)) => return Ok(Arc::clone(handle)),
             (Place::New(name), begun) => {
-                let mode = restorer.attributes.mode_while_written(&self.meta);
-                let make = if matches!(begun, Begun::Named) { OFlags::empty() } else { OFlags::CREATE | OFlags::EXCL };
+                let mode = restorer.attributes.mode_while_written(&self.meta, !self.directory.is_fresh());
+                let is_first = matches!(begun, Begun::Nothing);
+                if is_first && self.is_one_piece && self.directory.takes_unnamed() {
+                    let handle = Arc::new(unnamed::make(&directory, mode)?);
+                    state.begun = Begun::Unnamed(Arc::clone(&handle));
+                    return Ok(handle);
+                }
+                let make = if is_first { OFlags::CREATE | OFlags::EXCL } else { OFlags::empty() };
                 rustix::fs::openat(&*directory, name.as_slice(), flags | make, mode)?
             }
             (Place::Existing(identity), begun) => {
@@ -131,25 +149,6 @@ impl FileJob {
         };
         state.begun = Begun::Named;
         Ok(Arc::new(handle))
-    }
-
-    /// Opens the file to write `bytes` at `offset` of the content stream. If that is all of it, and nobody was in the
-    /// directory before, the file needs no name until it is complete.
-    pub(super) fn open_for(&self, restorer: &Restorer, offset: u64, bytes: u64) -> io::Result<Arc<OwnedFd>> {
-        let is_whole = offset == 0 && bytes == self.layout.content;
-        if is_whole && restorer.unnamed && self.directory.is_fresh() && !self.is_in_place() {
-            let mut state = self.state.lock();
-            if matches!(state.begun, Begun::Nothing) {
-                let directory = restorer.handles.open(&self.directory)?;
-                // Not on this file system after all: under a temporary name, then.
-                if let Ok(handle) = unnamed::make(&directory, restorer.attributes.mode_while_written(&self.meta)) {
-                    let handle = Arc::new(handle);
-                    state.begun = Begun::Unnamed(Arc::clone(&handle));
-                    return Ok(handle);
-                }
-            }
-        }
-        self.open(restorer)
     }
 
     /// Makes sure, even if the machine stops, that the file does not look complete from here on.
@@ -240,7 +239,7 @@ impl FileJob {
                 &opened
             }
             (None, _) => {
-                opened = self.open_for(restorer, 0, 0)?;
+                opened = self.open(restorer)?;
                 &opened
             }
         };
@@ -253,7 +252,10 @@ impl FileJob {
                 if self.gets_name(restorer, handle, temporary)? {
                     return Ok(());
                 }
-                put_in_place(restorer, &self.directory, temporary, &self.meta.name)
+                if !self.directory.is_fresh() {
+                    Attributes::remove_others(handle, &self.meta, &restorer.issues);
+                }
+                put_in_place(restorer, &self.directory, temporary, &self.meta)
             }
             Place::Existing(_) => {
                 if self.is_begun() {
@@ -271,7 +273,7 @@ impl FileJob {
         !matches!(self.state.lock().begun, Begun::Nothing)
     }
 
-    /// Gives a file without a name its own, which is true, or the temporary one if somebody took its own meanwhile.
+    /// Gives a file without a name its own, which is true, or the temporary one if its own is taken and may be replaced.
     fn gets_name(&self, restorer: &Restorer, handle: &Arc<OwnedFd>, temporary: &[u8]) -> io::Result<bool> {
         let mut state = self.state.lock();
         if !matches!(state.begun, Begun::Unnamed(_)) {
@@ -279,7 +281,7 @@ impl FileJob {
         }
         let directory = restorer.handles.open(&self.directory)?;
         match unnamed::give_name(handle, &directory, &self.meta.name) {
-            Err(Errno::EXIST) => {
+            Err(Errno::EXIST) if restorer.options.overwrite != Overwrite::Never => {
                 unnamed::give_name(handle, &directory, temporary)?;
                 state.begun = Begun::Named;
                 Ok(false)
@@ -289,22 +291,26 @@ impl FileJob {
     }
 }
 
-/// Renames a finished temporary name to its final one, replacing what is there unless that is to be left.
+/// Renames a finished temporary name to its final one, replacing what is there unless that is to be left. In a new directory
+/// nothing should be there: if something is, that is told.
 pub(super) fn put_in_place(
     restorer: &Restorer,
     directory: &Arc<Directory>,
     temporary: &[u8],
-    name: &[u8],
+    meta: &Meta,
 ) -> io::Result<()> {
     let handle = restorer.handles.open(directory)?;
-    if restorer.options.overwrite == Overwrite::Never {
-        match rustix::fs::renameat_with(&*handle, temporary, &*handle, name, RenameFlags::NOREPLACE) {
-            // Not every file system can refuse to replace; that the name was free was looked up before.
+    let may_replace = restorer.options.overwrite != Overwrite::Never;
+    if !may_replace || directory.is_fresh() {
+        match rustix::fs::renameat_with(&*handle, temporary, &*handle, meta.name.as_slice(), RenameFlags::NOREPLACE) {
+            // Not every file system can refuse to replace; that the name was free was looked up before, or nobody could
+            // have taken it.
             Err(Errno::INVAL | Errno::NOSYS) => {}
+            Err(Errno::EXIST) if may_replace => restorer.issues.add_flaw(&meta.path, TAKEN.into()),
             other => return Ok(other?),
         }
     }
-    Ok(rustix::fs::renameat(&*handle, temporary, &*handle, name)?)
+    Ok(rustix::fs::renameat(&*handle, temporary, &*handle, meta.name.as_slice())?)
 }
 
 /// Long writes go to the disk at once and leave nothing in the page cache, where kernel and file system can

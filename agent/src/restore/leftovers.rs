@@ -1,7 +1,7 @@
 //! What a restore that was killed has left in directories: files under temporary names, and its directory of hard links.
 //!
 //! A restore holds a lock on its target, so whatever bears such a name in a directory that is being restored belongs to
-//! nobody any more.
+//! nobody any more. Directories below that are locked are left alone: another restore has its target there.
 
 use std::ffi::CStr;
 use std::io;
@@ -15,10 +15,10 @@ pub(super) const PREFIX: &str = ".strand-";
 /// What the name of the directory of hard links begins with.
 pub(super) const LINKS_PREFIX: &str = ".strand-links-";
 
-/// Locks the target until the descriptor is closed. `None`: its file system has no locks.
-pub(super) fn lock(target: OwnedFd) -> io::Result<Option<OwnedFd>> {
-    match rustix::fs::flock(&target, FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => Ok(Some(target)),
+/// Locks a directory until the descriptor is closed. `None`: its file system has no locks.
+pub(super) fn lock(directory: OwnedFd) -> io::Result<Option<OwnedFd>> {
+    match rustix::fs::flock(&directory, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(Some(directory)),
         Err(Errno::WOULDBLOCK) => Err(io::ErrorKind::WouldBlock.into()),
         Err(_) => Ok(None),
     }

@@ -122,8 +122,11 @@ impl Links {
             let result = match (&known, restored) {
                 (_, false) => Err("the file that it is a link to could not be restored".to_owned()),
                 (Err(error), _) => Err(format!("it cannot be linked: {error}")),
-                (Ok(known), _) => link(restorer, known, &first.name, &place, &meta)
-                    .map_err(|error| format!("it cannot be linked: {error}")),
+                (Ok(known), _) => link(restorer, known, &first.name, &place, &meta).map_err(|error| {
+                    format!(
+                        "it cannot be linked: {error}; run the command again with --overwrite if-changed for a copy"
+                    )
+                }),
             };
             match result {
                 Ok(()) => linked(restorer, &meta),
@@ -184,7 +187,7 @@ fn link(
     let handle = restorer.handles.open(directory)?;
     let temporary = restorer.temporary_name();
     rustix::fs::linkat(known, name, &*handle, temporary.as_slice(), AtFlags::empty())?;
-    let placed = put_in_place(restorer, directory, &temporary, &meta.name);
+    let placed = put_in_place(restorer, directory, &temporary, meta);
     // A rename between two links of one inode does nothing, so the temporary name may still be there.
     match rustix::fs::unlinkat(&*handle, temporary.as_slice(), AtFlags::empty()) {
         Ok(()) | Err(Errno::NOENT) => placed,

@@ -35,6 +35,8 @@ mod window;
 #[cfg(test)]
 mod tests;
 #[cfg(test)]
+mod tests_owners;
+#[cfg(test)]
 mod tests_target;
 
 use std::os::fd::OwnedFd;
@@ -210,8 +212,6 @@ struct Restorer {
     /// Random, so that temporary names meet nobody else's.
     temporary: String,
     temporaries: AtomicU64,
-    /// Whether files can be made that have no name at first.
-    unnamed: bool,
 }
 
 /// Restores the tree under `root`. Problems of single paths are in the report; an error means that the restore as a whole
@@ -231,7 +231,7 @@ pub fn restore(
     let handles = Handles::open_target(&options.target, options.dry_run).map_err(failed)?;
     let _lock = take_target(&handles, options)?;
     let token = u64::from_le_bytes(random()?);
-    let mut restorer = Restorer {
+    let restorer = Restorer {
         reader,
         keyset: keyset.clone(),
         filter,
@@ -241,11 +241,9 @@ pub fn restore(
         deleter,
         temporary: format!("{}{token:016x}", leftovers::PREFIX),
         temporaries: AtomicU64::new(0),
-        unnamed: false,
         options: options.clone(),
         handles,
     };
-    restorer.unnamed = restorer.can_have_unnamed();
     let top = Directory::target(!restorer.handles.has_target());
     Planner::run(&restorer, &top, &start);
     restorer.links.remove(&restorer);
@@ -310,11 +308,6 @@ impl Restorer {
     fn temporary_name(&self) -> Vec<u8> {
         let number = self.temporaries.fetch_add(1, Ordering::Relaxed);
         format!("{}-{number}", self.temporary).into_bytes()
-    }
-
-    fn can_have_unnamed(&self) -> bool {
-        let target = self.handles.target().ok().filter(|_| !self.options.dry_run);
-        target.is_some_and(|target| unnamed::are_possible(target, &self.temporary_name()))
     }
 
     /// Records a problem of the tree; the loss of the source ends the restore.

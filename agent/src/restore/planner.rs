@@ -159,7 +159,7 @@ impl<'a> Planner<'a> {
             let same = old.as_mut().is_some_and(|old| old.can_stay && self.is_same(old, &layout, entry));
             let in_place = |old: &&Old| restorer.options.in_place && old.can_stay && self.is_writable(directory, &meta);
             let identity = old.as_ref().filter(|old| same || in_place(old)).map(|old| old.identity);
-            let job = FileJob::new(restorer, directory, meta, layout, key, identity);
+            let job = FileJob::new(restorer, directory, meta, layout, key, identity, content);
             if same {
                 restorer.issues.progress.bytes_reused.fetch_add(job.layout.content, Ordering::Relaxed);
                 job.release(restorer, None);
@@ -168,8 +168,7 @@ impl<'a> Planner<'a> {
             }
             return Ok(());
         }
-        let handle = restorer.handles.open(directory)?;
-        let made = self.special(directory, &handle, &meta, entry);
+        let made = restorer.handles.open(directory).and_then(|handle| self.special(directory, &handle, &meta, entry));
         if let Some(key) = key {
             restorer.links.first_is_done(restorer, key, directory, &meta, made.is_ok());
         }
@@ -306,7 +305,7 @@ impl<'a> Planner<'a> {
             EntryNode::File { .. } | EntryNode::Directory { .. } => return Ok(()),
         }
         restorer.attributes.apply_to_name(handle, name, meta, &restorer.issues);
-        put_in_place(restorer, directory, name, &meta.name).inspect_err(|_| {
+        put_in_place(restorer, directory, name, meta).inspect_err(|_| {
             let _ = rustix::fs::unlinkat(handle, name, AtFlags::empty());
         })
     }
@@ -314,7 +313,7 @@ impl<'a> Planner<'a> {
     fn file(&mut self, job: &Arc<FileJob>, entry: &DirEntry, content: &Content, old: Option<Old>) {
         let restorer = self.restorer;
         if let Content::Inline(bytes) = content {
-            let written = job.open_for(restorer, 0, bytes.len() as u64).and_then(|handle| {
+            let written = job.open(restorer).and_then(|handle| {
                 job.write(restorer, &handle, 0, bytes)?;
                 Ok(handle)
             });

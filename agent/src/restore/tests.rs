@@ -222,65 +222,6 @@ fn every_attribute_survives_the_round_trip() {
 }
 
 #[test]
-fn owners_go_by_number_unless_names_are_asked_for() {
-    if !rustix::process::geteuid().is_root() {
-        eprintln!("not shown on this machine: only root gives files away");
-        return;
-    }
-    let repo = MemoryRepository::new();
-    let mut root = DirMaker::default();
-    let known = root.owner(4001, 4001, "root", "root");
-    root.inline(b"known", b"").owner = known;
-    let unknown = root.owner(4001, 4002, "nobody-here", "nobody-here");
-    root.inline(b"unknown", b"").owner = unknown;
-    let mut case = Case::new(repo, root);
-    let owner = |case: &Case, name: &str| {
-        let stat = fs::metadata(case.path(name)).unwrap();
-        (stat.uid(), stat.gid())
-    };
-    case.run_clean();
-    assert_eq!(owner(&case, "known"), (4001, 4001));
-    case.options.owners_by_name = true;
-    case.run_clean();
-    assert_eq!(owner(&case, "known"), (0, 0));
-    assert_eq!(owner(&case, "unknown"), (4001, 4002));
-}
-
-#[test]
-fn without_privilege_owners_are_skipped_and_set_id_bits_are_not_given_away() {
-    if !rustix::process::geteuid().is_root() {
-        eprintln!("not shown on this machine: needs root to become somebody else");
-        return;
-    }
-    let repo = MemoryRepository::new();
-    let mut root = DirMaker::default();
-    let foreign = root.owner(4001, 4001, "", "");
-    let entry = root.inline(b"foreign", b"");
-    (entry.owner, entry.mode) = (foreign, 0o6755);
-    entry.xattrs = vec![Xattr { name: b"trusted.x".to_vec(), value: b"x".to_vec() }];
-    let own = root.owner(65_534, 65_534, "", "");
-    let entry = root.inline(b"own", b"");
-    (entry.owner, entry.mode) = (own, 0o4755);
-    root.add(b"device", EntryNode::CharDevice { major: 1, minor: 3 });
-    let case = Case::new(repo, root);
-    std::os::unix::fs::chown(case.target.path(), Some(65_534), Some(65_534)).unwrap();
-    let report = std::thread::scope(|scope| {
-        let restored = scope.spawn(|| {
-            // Of this thread and those that it starts alone.
-            let (uid, gid) = (rustix::thread::Uid::from_raw(65_534), rustix::thread::Gid::from_raw(65_534));
-            rustix::thread::set_thread_res_gid(gid, gid, gid).unwrap();
-            rustix::thread::set_thread_res_uid(uid, uid, uid).unwrap();
-            case.run()
-        });
-        restored.join().unwrap()
-    });
-    let mode = |name: &str| fs::metadata(case.path(name)).unwrap().mode() & 0o7777;
-    assert_eq!((mode("foreign"), mode("own")), (0o755, 0o4755));
-    assert_eq!((report.owners_skipped, report.attributes_skipped, report.issues_total), (1, 1, 1));
-    assert_eq!(report.issues[0].path, b"device");
-}
-
-#[test]
 fn s42_names_of_any_bytes_are_restored() {
     let mut repo = MemoryRepository::new();
     let mut root = DirMaker::default();

@@ -311,6 +311,16 @@ fn what_a_killed_restore_left_is_removed_and_two_restores_do_not_share_a_target(
     case.run_clean();
     assert!(case.path(".strandignore").exists());
 
+    // Another restore has its target below.
+    let nested = fs::File::open(case.path("keep")).unwrap();
+    rustix::fs::flock(&nested, FlockOperation::LockExclusive).unwrap();
+    let theirs = case.path("keep").join(format!(".strand-{token}-8"));
+    fs::write(&theirs, "half").unwrap();
+    case.try_run().unwrap();
+    assert!(theirs.exists());
+    drop(nested);
+    case.run_clean();
+
     let target = fs::File::open(case.target.path()).unwrap();
     rustix::fs::flock(&target, FlockOperation::LockExclusive).unwrap();
     assert!(matches!(case.try_run(), Err(RestoreError::Busy { .. })));
@@ -346,7 +356,7 @@ fn one_file_costs_the_blocks_on_its_way_and_patterns_that_match_nothing_are_told
 }
 
 #[test]
-fn a_name_that_somebody_takes_while_its_file_is_written_is_replaced_or_left_as_asked() {
+fn a_name_that_somebody_takes_in_a_new_directory_is_replaced_and_told_or_left() {
     for overwrite in [Overwrite::Always, Overwrite::IfChanged, Overwrite::Never] {
         let mut repo = MemoryRepository::new();
         let mut dir = DirMaker::default();
@@ -376,7 +386,8 @@ fn a_name_that_somebody_takes_while_its_file_is_written_is_replaced_or_left_as_a
             assert_eq!((report.files, report.issues_total), (1, 3), "{report:?}");
             assert_eq!(found, [b"mine"; 3]);
         } else {
-            assert_eq!((report.files, report.issues_total), (4, 0), "{report:?}");
+            assert_eq!((report.files, report.issues_total), (4, 3), "{report:?}");
+            assert!(report.issues.iter().all(|issue| issue.restored && issue.reason.contains("was replaced")));
             assert_eq!(found, [&b"one chunk"[..], b"several", b"in the entry"]);
         }
     }

@@ -106,9 +106,7 @@ impl Run {
             if file.has_failed() {
                 return None;
             }
-            file.open_for(restorer, offset, bytes)
-                .map_err(|error| file.fail(format!("it cannot be written: {error}")))
-                .ok()
+            file.open(restorer).map_err(|error| file.fail(format!("it cannot be written: {error}"))).ok()
         });
         Self { file, handle, offset, chunks: chunk..=chunk, bytes }
     }
