@@ -109,26 +109,20 @@ impl Attributes {
     }
 
     /// What is made in a new directory should get nothing from it: neither its group nor its default ACL. The directory's
-    /// own attributes are set when it is complete.
-    pub(super) fn give_nothing_on(&self, directory: &impl AsFd) -> std::io::Result<()> {
-        for acl in ["system.posix_acl_default", "system.posix_acl_access"] {
-            match rustix::fs::fremovexattr(directory, acl) {
-                Ok(()) | Err(Errno::NODATA | Errno::OPNOTSUPP) => {}
-                Err(error) => return Err(error.into()),
-            }
-        }
-        let found = rustix::fs::fstat(directory)?;
-        if found.st_gid != self.gid {
-            rustix::fs::fchown(directory, None, Some(Gid::from_raw(self.gid)))?;
-        }
-        if found.st_mode & 0o7777 != Mode::RWXU.as_raw_mode() {
-            rustix::fs::fchmod(directory, Mode::RWXU)?;
-        }
-        Ok(())
+    /// own attributes are set when it is complete. Not every file system lets itself be told; whether this one did.
+    pub(super) fn give_nothing_on(&self, directory: &impl AsFd) -> bool {
+        let acls = ["system.posix_acl_default", "system.posix_acl_access"].map(|acl| {
+            matches!(rustix::fs::fremovexattr(directory, acl), Ok(()) | Err(Errno::NODATA | Errno::OPNOTSUPP))
+        });
+        let Ok(found) = rustix::fs::fstat(directory) else { return false };
+        let group = Gid::from_raw(self.gid);
+        let owned = found.st_gid == self.gid || rustix::fs::fchown(directory, None, Some(group)).is_ok();
+        let is_private = found.st_mode & 0o7777 == Mode::RWXU.as_raw_mode();
+        acls == [true; 2] && owned && (is_private || rustix::fs::fchmod(directory, Mode::RWXU).is_ok())
     }
 
-    /// Removes what a file has from somewhere else and the snapshot does not: it might give somebody access. What the system guards
-    /// by itself (labels of security modules) stays.
+    /// Removes what a file has from somewhere else and the snapshot does not: it might give somebody access. What the
+    /// system guards by itself (labels of security modules) stays.
     pub(super) fn remove_others(handle: &impl AsFd, meta: &Meta, issues: &Issues) {
         let mut buffer = vec![0; XATTR_NAMES_BYTES_MAX];
         // A file system without extended attributes has none.

@@ -36,6 +36,8 @@ pub(super) struct Directory {
     made: AtomicBool,
     /// Made by this restore: nothing can be in it that the restore did not put there.
     fresh: AtomicBool,
+    /// What is made in it gets nothing from it: no group, no ACL.
+    gives_nothing: AtomicBool,
     /// Files in it can be made without a name.
     unnamed: AtomicBool,
     failed: AtomicBool,
@@ -64,6 +66,7 @@ impl Directory {
             meta: None,
             made: AtomicBool::new(true),
             fresh: AtomicBool::new(is_fresh),
+            gives_nothing: AtomicBool::new(false),
             unnamed: AtomicBool::new(false),
             failed: AtomicBool::new(false),
             pending: AtomicUsize::new(1),
@@ -80,6 +83,7 @@ impl Directory {
             meta: Some(meta),
             made: AtomicBool::new(false),
             fresh: AtomicBool::new(false),
+            gives_nothing: AtomicBool::new(false),
             unnamed: AtomicBool::new(false),
             failed: AtomicBool::new(false),
             pending: AtomicUsize::new(1),
@@ -110,6 +114,11 @@ impl Directory {
     /// Whether nothing was in it before this restore.
     pub(super) fn is_fresh(&self) -> bool {
         self.fresh.load(Ordering::Acquire)
+    }
+
+    /// Whether what is made in it gets nothing from it: it is new, and on a file system that lets itself be told so.
+    pub(super) fn gives_nothing(&self) -> bool {
+        self.gives_nothing.load(Ordering::Acquire)
     }
 
     /// Whether files in it can be made without a name: it is new, and on a file system that is good for them.
@@ -205,15 +214,16 @@ impl Directory {
         Ok(self.begin(restorer))
     }
 
-    /// Just made: what will be in it inherits nothing, and may have no name at first. Both go on to directories below.
+    /// Just made: what will be in it should inherit nothing, and may have no name at first. Both go on to directories below.
     fn prepare(self: &Arc<Self>, parent: &Self, restorer: &Restorer) -> io::Result<()> {
-        let unnamed = if parent.is_fresh() {
-            parent.takes_unnamed()
+        let (gives_nothing, unnamed) = if parent.is_fresh() {
+            (parent.gives_nothing(), parent.takes_unnamed())
         } else {
             let handle = restorer.handles.open_readable(self)?;
-            restorer.attributes.give_nothing_on(&handle)?;
-            unnamed::are_possible(&handle, &restorer.temporary_name())
+            let gives_nothing = restorer.attributes.give_nothing_on(&handle);
+            (gives_nothing, gives_nothing && unnamed::are_possible(&handle, &restorer.temporary_name()))
         };
+        self.gives_nothing.store(gives_nothing, Ordering::Release);
         self.unnamed.store(unnamed, Ordering::Release);
         Ok(())
     }

@@ -128,7 +128,7 @@ impl FileJob {
         let handle = match (&self.place, &state.begun) {
             (_, Begun::Unnamed(handle)) => return Ok(Arc::clone(handle)),
             (Place::New(name), begun) => {
-                let mode = restorer.attributes.mode_while_written(&self.meta, !self.directory.is_fresh());
+                let mode = restorer.attributes.mode_while_written(&self.meta, !self.directory.gives_nothing());
                 let is_first = matches!(begun, Begun::Nothing);
                 if is_first && self.is_one_piece && self.directory.takes_unnamed() {
                     let handle = Arc::new(unnamed::make(&directory, mode)?);
@@ -244,28 +244,22 @@ impl FileJob {
             }
         };
         match &self.place {
-            Place::New(temporary) => {
-                if restorer.options.sparse || !self.layout.holes().is_empty() {
-                    rustix::fs::ftruncate(handle, self.layout.size)?;
-                }
-                restorer.attributes.apply_to_open(handle, &self.meta, &restorer.issues);
-                if self.gets_name(restorer, handle, temporary)? {
-                    return Ok(());
-                }
-                if !self.directory.is_fresh() {
-                    Attributes::remove_others(handle, &self.meta, &restorer.issues);
-                }
+            Place::New(_) if restorer.options.sparse || !self.layout.holes().is_empty() => {
+                rustix::fs::ftruncate(handle, self.layout.size)?;
+            }
+            // The time is what makes it look complete: it must not reach the disk before the content.
+            Place::Existing(_) if self.is_begun() => rustix::fs::fsync(handle)?,
+            _ => {}
+        }
+        if !self.directory.gives_nothing() {
+            Attributes::remove_others(handle, &self.meta, &restorer.issues);
+        }
+        restorer.attributes.apply_to_open(handle, &self.meta, &restorer.issues);
+        match &self.place {
+            Place::New(temporary) if !self.gets_name(restorer, handle, temporary)? => {
                 put_in_place(restorer, &self.directory, temporary, &self.meta)
             }
-            Place::Existing(_) => {
-                if self.is_begun() {
-                    // The time is what makes it look complete: it must not reach the disk before the content.
-                    rustix::fs::fsync(handle)?;
-                }
-                Attributes::remove_others(handle, &self.meta, &restorer.issues);
-                restorer.attributes.apply_to_open(handle, &self.meta, &restorer.issues);
-                Ok(())
-            }
+            _ => Ok(()),
         }
     }
 

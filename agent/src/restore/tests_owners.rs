@@ -5,6 +5,7 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 
 use strandline_messages::format::tree::{EntryNode, Xattr};
 
+use super::attributes::Attributes;
 use super::tests::Case;
 use crate::trees::memory::{DirMaker, MemoryRepository};
 
@@ -119,6 +120,21 @@ fn what_a_directory_grants_by_default_is_not_granted_to_what_is_restored_into_it
             assert!(found.is_err(), "{path} has {name}");
         }
     }
+}
+
+#[test]
+fn a_directory_that_goes_on_giving_is_known_as_such() {
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("not shown on this machine: needs root to become somebody else");
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let handle = fs::File::open(directory.path()).unwrap();
+    // Of root: like a file system that gives all files the same group, it does not let itself be told.
+    assert!(as_nobody(|| !Attributes::new(false).give_nothing_on(&handle)));
+    fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o2770)).unwrap();
+    assert!(Attributes::new(false).give_nothing_on(&handle));
+    assert_eq!(fs::metadata(directory.path()).unwrap().mode() & 0o7777, 0o700);
 }
 
 /// Runs in a thread that is `nobody`: what it starts is, too.
